@@ -1,0 +1,36 @@
+# make demo    from nothing to an evaluated teacher, in runs/
+# make test    the checks
+# make lint    ruff, as CI runs it
+# Each makes .venv from requirements.txt first, if it is not there; PYTHON=python3.12 make ... chooses another Python.
+
+PYTHON ?= python3
+VENV := .venv/bin/python
+DATA := data/ml-100k.txt
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/ready $(DATA)
+	$(VENV) sasrec_teacher.py $(DATA) --out runs/teacher.pt2
+	$(VENV) evaluate.py $(DATA) runs/teacher.pt2
+	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 --recommend 1
+
+test: .venv/ready
+	$(VENV) -m pytest
+
+lint: .venv/bin/ruff
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+$(DATA): | .venv/ready
+	$(VENV) data/prepare.py ml-100k --out $@
+
+# the last line marks a finished installation, so that an interrupted one is done again
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/bin/ruff: .venv/ready
+	$(VENV) -m pip install --disable-pip-version-check ruff==0.17.6
+	touch $@

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 MAX_ID = 10**8  # a table of vectors has a row for every id up to the largest
-BATCH = 256  # users ranked at a time: [256, items] scores are all that is held
+BATCH = 256  # users ranked at a time, at most; nothing of size users x items is kept
 
 
 class BadInput(Exception):
@@ -187,12 +187,16 @@ def rank_of_target(scores, target, seen):
 
     scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
     target: a model that scores all items alike gets what chance gets. The target itself always takes part.
+    Raises BadInput when its score is not finite, for nothing would rank above a NaN.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
+    if not own.isfinite().all():
+        raise BadInput("the model's scores are not finite; train it again with a lower --learning-rate")
     scores.scatter_(1, seen, -math.inf)
     scores[:, 0] = -math.inf
     scores.scatter_(1, target[:, None], own)
-    return 1 + (scores > own).sum(1).double() + ((scores == own).sum(1).double() - 1) / 2
+    better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
+    return 1 + better.double() + (equal.double() - 1) / 2
 
 
 def draw_candidates(weight, taken, count, generator):
@@ -225,15 +229,14 @@ def rank_all(program, config, data, evaluated, end, args, device):
     if args.protocol == "popularity":
         weight = torch.from_numpy(np.bincount(items, minlength=items.max() + 1)).float()
     order = np.argsort(end - begin, kind="stable")
-    for chosen in (order[k : k + BATCH] for k in range(0, len(order), BATCH)):
+    size = max(1, min(BATCH, 2**22 // int(items.max())))  # users a slice: about 16 MiB of scores
+    for chosen in (order[k : k + size] for k in range(0, len(order), size)):
         b, e = begin[chosen], end[chosen]
         users = torch.from_numpy(user_ids[evaluated[chosen]]).to(device)
         windows = pad_batch(items, np.maximum(b, e - config["max_length"]), e).to(device)
         target = torch.from_numpy(items[e]).to(device)
         seen = pad_batch(items, b, e).to(device)
         scores = score(program, users, windows)
-        if not scores.gather(1, target[:, None]).isfinite().all():
-            raise BadInput("a score is not finite; train that model again with a lower learning rate")
         if args.protocol != "full":
             taken = torch.cat([seen, target[:, None]], 1).cpu()
             drawn = draw_candidates(weight, taken, args.negatives, generator).to(device)

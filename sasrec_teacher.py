@@ -161,15 +161,14 @@ class Block(nn.Module):
         self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None
 
     def attention(self, x):
-        """softmax(Q K^T / sqrt(d/heads)) V, position t seeing positions up to t alone (eq. 2 and 3)."""
-        q, k, v = (
-            self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [B, h, T, d/h]
+        """softmax(Q K^T / sqrt(d/heads)) V, position t seeing positions up to t alone (section III-B)."""
+        per_head = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, h, d/h]
+        q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, h, T, d/h]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.projection(attended.transpose(1, 2).flatten(2))  # [B, T, d]
 
     def feed_forward(self, x):
-        """ReLU(x W_1 + b_1) W_2 + b_2 (eq. 4)."""
+        """ReLU(x W_1 + b_1) W_2 + b_2 (section III-B)."""
         return self.W_2(F.relu(self.W_1(x)))
 
     def forward(self, x):
@@ -220,24 +219,24 @@ class SASRec(nn.Module):
 
 
 def ce_loss(output, item_vectors, target):
-    """-log softmax_i(F_t . M_i) at the next item, over all V items (arXiv 2309.07602, eq. 3).
+    """-log softmax_i(F_t . M_i) at the next item, over all V items (L_CE of arXiv 2309.07602).
 
     The [N, V] scores are made a slice of rows at a time, with their gradient, and never kept.
     """
-    rows = max(1, min(128, 2**23 // len(item_vectors)))  # a slice fits the cache, or at least 32 MiB
+    rows = max(1, min(128, 2**23 // len(item_vectors)))  # a slice of at most 32 MiB
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
     return F.linear_cross_entropy(output, item_vectors[1:], target - 1, options=options)
 
 
 def bce_loss(output, item_vectors, target, negative):
-    """-[log sigma(r_target) + log(1 - sigma(r_negative))] with one negative a position (SASRec, eq. 6)."""
+    """-[log sigma(r_target) + log(1 - sigma(r_negative))] with one negative a position (section III-E)."""
     positive_score = (output * F.embedding(target, item_vectors)).sum(-1)  # [N]
     negative_score = (output * F.embedding(negative, item_vectors)).sum(-1)
     return -(F.logsigmoid(positive_score) + F.logsigmoid(-negative_score)).mean()
 
 
 def sampled_loss(output, item_vectors, target, negatives):
-    """-log of softmax over the target and `negatives` [k], shared by all positions (arXiv 2309.07602, eq. 4).
+    """-log softmax of the target among itself and shared `negatives` [k] (L_CE-sampled, arXiv 2309.07602).
 
     A negative that is the position's target is left out there.
     """
@@ -255,12 +254,16 @@ def rank_of_target(scores, target, seen):
 
     scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
     target: a model that scores all items alike gets what chance gets. The target itself always takes part.
+    Raises BadInput when its score is not finite, for nothing would rank above a NaN.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
+    if not own.isfinite().all():
+        raise BadInput("the model's scores are not finite; train it again with a lower --learning-rate")
     scores.scatter_(1, seen, -math.inf)
     scores[:, 0] = -math.inf
     scores.scatter_(1, target[:, None], own)
-    return 1 + (scores > own).sum(1).double() + ((scores == own).sum(1).double() - 1) / 2
+    better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
+    return 1 + better.double() + (equal.double() - 1) / 2
 
 
 @torch.no_grad()
@@ -268,7 +271,8 @@ def validate(model, items, begin, end, max_length, device):
     """HR@10 and NDCG@10 of the items at `items[end]` after the histories `items[begin:end]`, full ranking."""
     model.eval()
     ranks = []
-    for chosen in np.array_split(np.argsort(end - begin), math.ceil(len(end) / 256)):
+    slices = math.ceil(len(end) * len(model.M.weight) / 2**22)  # of 16 MiB of scores or less
+    for chosen in np.array_split(np.argsort(end - begin), max(slices, math.ceil(len(end) / 256))):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
         _, output = model.encode(window)

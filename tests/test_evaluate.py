@@ -91,6 +91,13 @@ def test_rank_by_hand(scores, target, seen, rank):
     assert evaluate.rank_of_target(scores, torch.tensor([target]), seen).item() == rank
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_has_no_rank(value):
+    scores = torch.tensor([[0.0, 1, 2], [0, 1, value]])
+    with pytest.raises(evaluate.BadInput, match="not finite"):
+        evaluate.rank_of_target(scores, torch.tensor([2, 2]), torch.tensor([[0], [0]]))
+
+
 def test_metrics_by_hand():
     hr, ndcg, mrr = evaluate.metrics(np.array([1, 2, 3.5, 10, 10.5, 11]), 10)
     assert hr.tolist() == [1, 1, 1, 1, 0, 0]
@@ -142,14 +149,14 @@ def test_a_constant_scorer_gets_what_chance_gets(write_data, write_model, capsys
 
 
 def test_history_is_all_before_the_target(write_data, write_model, capsys):
-    # 1, 2, then the validation item 3, then the test item 4: counting is right only after the validation item
-    data = write_data({u: [u, u + 1, u + 2, u + 3] for u in range(1, 8)} | {8: [10], 9: [9, 10]})
-    model = write_model(Counting(10), 10, 5)
-    for split in ("test", "valid"):
-        (result,) = report([data, model, "--split", split], capsys)
+    # from each item to the validation item it is one step, from that to the test item two
+    data = write_data({u: [u, u + 1, u + 2, u + 4] for u in range(1, 8)} | {8: [11], 9: [9, 10]})
+    for step, right, wrong in [(1, "valid", "test"), (2, "test", "valid")]:
+        model = write_model(Counting(11, step), 11, 5)
+        (result,) = report([data, model, "--split", right], capsys)
         assert result["HR@5"] == result["NDCG@10"] == result["MRR@20"] == 1 and result["users"] == 7
-    (wrong,) = report([data, write_model(Counting(10, step=2), 10, 5)], capsys)
-    assert wrong["MRR@20"] < 0.5
+        assert report([data, model, "--split", wrong], capsys)[0]["MRR@20"] < 0.6
+    assert report([data, model], capsys)[0]["split"] == "test"
 
 
 def test_a_history_longer_than_the_model_takes_is_cut_but_still_left_out(write_data, write_model, capsys):

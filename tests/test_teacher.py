@@ -432,6 +432,18 @@ def test_loss_that_is_not_finite_is_told_and_nothing_overwritten(small, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.txt", "m.pt2", "m.pt2.log.jsonl"]
 
 
+def test_weights_that_are_not_finite_are_no_best_epoch(small, tmp_path, capsys, monkeypatch):
+    real = teacher.validate
+
+    def after_a_last_bad_step(model, *rest):
+        model.M.weight.data.fill_(math.nan)
+        return real(model, *rest)
+
+    monkeypatch.setattr(teacher, "validate", after_a_last_bad_step)
+    assert "scores are not finite" in fails([small, "--out", tmp_path / "m.pt2", *SMALL], capsys)
+    assert not (tmp_path / "m.pt2").exists()
+
+
 def test_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "m.pt2"
     path.write_text("old")

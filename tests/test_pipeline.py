@@ -1,0 +1,67 @@
+"""The whole path on a small scene whose truth is known, as a user runs it: command after command."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command):
+    """Standard output of a script; it must end with status 0."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A `markov` scene, the best NDCG@10 possible on it, and a teacher trained on it."""
+    folder = tmp_path_factory.mktemp("scene")
+    data, model = folder / "markov.txt", folder / "runs" / "teacher.pt2"
+    size = ["--users", 1500, "--items", 60, "--length", 15]
+    said = run("data/prepare.py", "synthetic", "--scene", "markov", *size, "--seed", 0, "--out", data)
+    best = float(re.search(r"NDCG@10 ([\d.]+)", said)[1])
+    shape = ["--dim", 32, "--max-length", 15, "--dropout", 0.1]
+    run(
+        "sasrec_teacher.py",
+        data,
+        "--out",
+        model,
+        *shape,
+        "--learning-rate",
+        3e-3,
+        "--epochs",
+        40,
+        "--patience",
+        5,
+    )
+    return data, model, best
+
+
+def test_the_teacher_reaches_nine_tenths_of_what_is_possible(scene):
+    data, model, best = scene
+    (report,) = json.loads(run("evaluate.py", data, model, "--json"))
+    assert (
+        0.9 * best <= report["NDCG@10"] <= 1.05 * best
+    )  # nothing that is much better than the truth is true
+
+
+def test_table_and_recommendations_are_printed(scene):
+    data, model, _ = scene
+    table = run("evaluate.py", data, model)
+    assert "NDCG@10" in table and "teacher" in table
+    assert "recommends" in run("evaluate.py", data, model, "--recommend", 1)
+
+
+def test_the_log_has_a_line_an_epoch(scene):
+    _, model, _ = scene
+    log = [json.loads(line) for line in Path(f"{model}.log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == list(range(1, len(log) + 1))
+    assert {"epoch", "loss", "HR@10", "NDCG@10", "seconds"} == log[0].keys()

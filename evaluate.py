@@ -424,7 +424,7 @@ def main(argv=None):
     )
     add(
         "--at",
-        type=positive_int,
+        type=number(int, 1),
         nargs="+",
         default=[5, 10, 20],
         metavar="K",
@@ -444,7 +444,7 @@ def main(argv=None):
     )
     add(
         "--negatives",
-        type=positive_int,
+        type=number(int, 1),
         default=100,
         help="items drawn a user by --protocol uniform or popularity",
     )
@@ -478,11 +478,15 @@ def main(argv=None):
     return 0
 
 
-def positive_int(text):
-    """`text` as an integer of 1 or more, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def number(kind, low, below=math.inf):
+    """A reader of `kind` numbers from `low` up to, but not, `below`, for argparse."""
+
+    def read(text):
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return kind(text)
+
+    return read
 
 
 if __name__ == "__main__":

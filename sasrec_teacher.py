@@ -470,16 +470,16 @@ def main(argv=None):
     add(
         "--out", required=True, help="model file to write, as runs/teacher.pt2; its log goes to OUT.log.jsonl"
     )
-    add("--dim", type=positive_int, default=64, help="d: size of hidden states and item vectors")
-    add("--blocks", type=positive_int, default=2, help="blocks of attention and feed-forward network")
-    add("--heads", type=positive_int, default=1, help="attention heads; must divide --dim")
+    add("--dim", type=number(int, 1), default=64, help="d: size of hidden states and item vectors")
+    add("--blocks", type=number(int, 1), default=2, help="blocks of attention and feed-forward network")
+    add("--heads", type=number(int, 1), default=1, help="attention heads; must divide --dim")
     add(
         "--max-length",
-        type=positive_int,
+        type=number(int, 1),
         default=50,
         help="n: most recent items that the model sees; 2 or more",
     )
-    add("--dropout", type=probability, default=0.2, help="share of hidden units dropped in training")
+    add("--dropout", type=number(float, 0, 1), default=0.2, help="share of hidden units dropped in training")
     add(
         "--residual-scale",
         action=argparse.BooleanOptionalAction,
@@ -494,16 +494,16 @@ def main(argv=None):
     )
     add(
         "--negatives",
-        type=positive_int,
+        type=number(int, 1),
         default=256,
         help="k: uniform negatives a batch shares (--loss sampled)",
     )
-    add("--learning-rate", type=positive, default=1e-3, help="of Adam, whose beta_2 is 0.98")
-    add("--batch-size", type=positive_int, default=128, help="users a step")
-    add("--epochs", type=positive_int, default=200, help="passes over all users, at most")
+    add("--learning-rate", type=number(float, 1e-12), default=1e-3, help="of Adam, whose beta_2 is 0.98")
+    add("--batch-size", type=number(int, 1), default=128, help="users a step")
+    add("--epochs", type=number(int, 1), default=200, help="passes over all users, at most")
     add(
         "--patience",
-        type=positive_int,
+        type=number(int, 1),
         default=10,
         help="epochs without a better validation NDCG@10 to stop after",
     )
@@ -529,25 +529,15 @@ def main(argv=None):
     return 0
 
 
-def positive_int(text):
-    """`text` as an integer of 1 or more, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def number(kind, low, below=math.inf):
+    """A reader of `kind` numbers from `low` up to, but not, `below`, for argparse."""
 
+    def read(text):
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return kind(text)
 
-def positive(text):
-    """`text` as a number above 0, for argparse."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def probability(text):
-    """`text` as a number from 0 up to, but not, 1, for argparse."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return float(text)
+    return read
 
 
 if __name__ == "__main__":

@@ -481,12 +481,12 @@ def main(argv=None):
 def number(kind, low, below=math.inf):
     """A reader of `kind` numbers from `low` up to, but not, `below`, for argparse."""
 
-    def read(text):
+    def number(text):
         if not low <= kind(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
         return kind(text)
 
-    return read
+    return number
 
 
 if __name__ == "__main__":

@@ -467,18 +467,12 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add(
-        "--out", required=True, help="model file to write, as runs/teacher.pt2; its log goes to OUT.log.jsonl"
-    )
+    no_default = {"required": True, "default": argparse.SUPPRESS}
+    add("--out", **no_default, help="model file to write, as runs/teacher.pt2; the log goes to OUT.log.jsonl")
     add("--dim", type=number(int, 1), default=64, help="d: size of hidden states and item vectors")
     add("--blocks", type=number(int, 1), default=2, help="blocks of attention and feed-forward network")
     add("--heads", type=number(int, 1), default=1, help="attention heads; must divide --dim")
-    add(
-        "--max-length",
-        type=number(int, 1),
-        default=50,
-        help="n: most recent items that the model sees; 2 or more",
-    )
+    add("--max-length", type=number(int, 2), default=50, help="n: most recent items that the model sees")
     add("--dropout", type=number(float, 0, 1), default=0.2, help="share of hidden units dropped in training")
     add(
         "--residual-scale",
@@ -492,12 +486,7 @@ def main(argv=None):
         help="ce: softmax over all items; bce: one negative a position, as first published; sampled: softmax "
         "over --negatives, for catalogues too large for ce",
     )
-    add(
-        "--negatives",
-        type=number(int, 1),
-        default=256,
-        help="k: uniform negatives a batch shares (--loss sampled)",
-    )
+    add("--negatives", type=number(int, 1), default=256, help="k: negatives a batch shares, --loss sampled")
     add("--learning-rate", type=number(float, 1e-12), default=1e-3, help="of Adam, whose beta_2 is 0.98")
     add("--batch-size", type=number(int, 1), default=128, help="users a step")
     add("--epochs", type=number(int, 1), default=200, help="passes over all users, at most")
@@ -518,10 +507,8 @@ def main(argv=None):
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("no CUDA device was found; use --device cpu")
-        if args.dim % args.heads or args.max_length < 2:
-            raise BadInput(
-                f"--heads {args.heads} must divide --dim {args.dim}, and --max-length be 2 or more"
-            )
+        if args.dim % args.heads:
+            raise BadInput(f"--heads {args.heads} does not divide --dim {args.dim}; change one of them")
         train(args)
     except BadInput as error:
         print(f"sasrec_teacher.py: {error}", file=sys.stderr)
@@ -532,12 +519,12 @@ def main(argv=None):
 def number(kind, low, below=math.inf):
     """A reader of `kind` numbers from `low` up to, but not, `below`, for argparse."""
 
-    def read(text):
+    def number(text):
         if not low <= kind(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
         return kind(text)
 
-    return read
+    return number
 
 
 if __name__ == "__main__":

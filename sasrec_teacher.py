@@ -115,11 +115,11 @@ def pad_batch(items, begin, end):
 def batches_of_like_length(length, batch_size, rng):
     """Shuffled batches of indices whose histories are about equally long, so that little padding is computed.
 
-    `length` [U]. Within each 64 shuffled batches the histories are sorted by length; then the batches are
-    shuffled. Every index appears once.
+    `length` [U]. Within each 64 shuffled batches (a quarter of all, where that is less: batches should differ
+    from epoch to epoch) the histories are sorted by length; then the batches are shuffled.
     """
     order = rng.permutation(len(length))
-    window = 64 * batch_size
+    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
     chunks = [order[k : k + window] for k in range(0, len(order), window)]
     order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
@@ -378,6 +378,7 @@ def train(args):
         flush=True,
     )
 
+    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
     best, best_weights, log, progress = None, None, [], Progress()
     for epoch in range(1, args.epochs + 1):
         model.train()
@@ -398,7 +399,8 @@ def train(args):
                 negatives = torch.from_numpy(negatives).to(args.device)
             loss = batch_loss(model, inputs, targets, args.loss, negatives)
             optimizer.zero_grad()
-            loss.backward()
+            # the losses sum over positions: a batch of short histories must not count as one of long ones
+            (loss * count / mean_count).backward()
             optimizer.step()
             total, positions = total + loss.item() * count, positions + count
             if not math.isfinite(total):

@@ -117,7 +117,7 @@ def test_batches_hold_every_user_once_and_little_padding():
     assert sorted(np.concatenate(batches).tolist()) == list(range(1000))
     assert max(map(len, batches)) == 32
     computed = sum(len(b) * length[b].max() for b in batches)
-    assert computed < 1.1 * length.sum()
+    assert computed < 1.25 * length.sum()  # in random batches it is 2 times
     assert [b.tolist() for b in batches] != [
         b.tolist() for b in teacher.batches_of_like_length(length, 32, rng)
     ]
@@ -359,6 +359,23 @@ def test_losses_see_real_positions_only(sasrec):
     first = teacher.batch_loss(sasrec, inputs[:1, :2], targets[:1, :2], "ce", None)
     second = teacher.batch_loss(sasrec, inputs[1:], targets[1:], "ce", None)
     torch.testing.assert_close(both, (2 * first + 4 * second) / 6)
+
+
+def test_every_position_counts_alike_whatever_its_batch(write_data, tmp_path, monkeypatch):
+    # the loss is a mean over a batch; the epoch's gradient must still be that of the sum over positions
+    data, counts, weights = write_data({u: range(1, 4 + u) for u in range(1, 13)}), [], []
+
+    def spy(model, inputs, targets, kind, negatives):
+        counts.append(int((inputs > 0).sum()))
+        loss = model.P.sum()
+        loss.register_hook(lambda gradient: weights.append(gradient.item()))
+        return loss
+
+    monkeypatch.setattr(teacher, "batch_loss", spy)
+    options = ["--epochs", "1", "--batch-size", "3", "--max-length", "20"]
+    assert teacher.main([str(data), "--out", str(tmp_path / "m.pt2"), *options]) == 0
+    assert len(set(counts)) > 1
+    np.testing.assert_allclose(weights, np.array(counts) / np.mean(counts), rtol=1e-5)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------

@@ -127,18 +127,17 @@ def batches_of_like_length(length, batch_size, rng):
 
 
 def draw_negatives(users, seen, item_count, rng):
-    """A uniform item that the user has not seen, for each entry of `users`: int64 [N].
+    """A uniform item that the user has not seen, for each entry of `users`: int64 of the same shape.
 
-    users [N], indices; `seen` the training interactions as sorted numbers user * (item_count + 1) + item: a
+    `users` are indices; `seen` the training interactions as sorted numbers user * (item_count + 1) + item: a
     look-up is a binary search, and memory that of the interactions. Every user must have an unseen item.
     """
-    drawn = rng.integers(1, item_count + 1, len(users))
-    wrong = np.arange(len(users))
+    drawn, wrong = rng.integers(1, item_count + 1, users.size), np.arange(users.size)
     while len(wrong):
-        key = users[wrong] * (item_count + 1) + drawn[wrong]
+        key = users.flat[wrong] * (item_count + 1) + drawn[wrong]
         wrong = wrong[seen[np.minimum(np.searchsorted(seen, key), len(seen) - 1)] == key]
         drawn[wrong] = rng.integers(1, item_count + 1, len(wrong))
-    return drawn
+    return drawn.reshape(users.shape)
 
 
 # ---- Model (SASRec, section III) -------------------------------------------------------------------------
@@ -228,11 +227,14 @@ def ce_loss(output, item_vectors, target):
     return F.linear_cross_entropy(output, item_vectors[1:], target - 1, options=options)
 
 
-def bce_loss(output, item_vectors, target, negative):
-    """-[log sigma(r_target) + log(1 - sigma(r_negative))] with one negative a position (section III-E)."""
+def bce_loss(output, item_vectors, target, negatives):
+    """-[log sigma(r_target) + sum_j log(1 - sigma(r_j))], j in `negatives` [N, k] (section III-E).
+
+    k is 1 as first published; arXiv 2309.07602 shows that more are better.
+    """
     positive_score = (output * F.embedding(target, item_vectors)).sum(-1)  # [N]
-    negative_score = (output * F.embedding(negative, item_vectors)).sum(-1)
-    return -(F.logsigmoid(positive_score) + F.logsigmoid(-negative_score)).mean()
+    negative_score = torch.einsum("nd,nkd->nk", output, F.embedding(negatives, item_vectors))
+    return -(F.logsigmoid(positive_score) + F.logsigmoid(-negative_score).sum(-1)).mean()
 
 
 def sampled_loss(output, item_vectors, target, negatives):
@@ -368,6 +370,7 @@ def train(args):
     if args.loss == "bce" and len(full):
         raise BadInput(f"user {user_ids[full[0]]} has seen every item: there is no negative; use --loss ce")
 
+    k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
     scaled = args.blocks >= 4 if args.residual_scale is None else args.residual_scale
     model = SASRec(item_count, args.max_length, args.dim, args.blocks, args.heads, args.dropout, scaled)
     model.to(args.device)
@@ -390,11 +393,10 @@ def train(args):
             count = int((end[batch] - 1 - begin[batch]).sum())
             negatives = None
             if args.loss == "bce":
-                negatives = draw_negatives(
-                    np.repeat(users[batch], end[batch] - 1 - begin[batch]), seen, item_count, rng
-                )
+                owners = np.repeat(users[batch], end[batch] - 1 - begin[batch])  # user of each position, [N]
+                negatives = draw_negatives(np.tile(owners[:, None], k), seen, item_count, rng)  # [N, k]
             elif args.loss == "sampled":
-                negatives = rng.integers(1, item_count + 1, args.negatives)
+                negatives = rng.integers(1, item_count + 1, k)
             if negatives is not None:
                 negatives = torch.from_numpy(negatives).to(args.device)
             loss = batch_loss(model, inputs, targets, args.loss, negatives)
@@ -423,7 +425,10 @@ def train(args):
             break
 
     model.load_state_dict(best_weights)
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out")} | {"residual_scale": scaled}
+    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out")} | {
+        "residual_scale": scaled,
+        "negatives": k,
+    }
     config = {
         "items": item_count,
         "max_length": args.max_length,
@@ -485,10 +490,14 @@ def main(argv=None):
         "--loss",
         choices=["ce", "bce", "sampled"],
         default="ce",
-        help="ce: softmax over all items; bce: one negative a position, as first published; sampled: softmax "
-        "over --negatives, for catalogues too large for ce",
+        help="ce: softmax over all items; bce: against --negatives of each position, as first published; "
+        "sampled: softmax over --negatives that a batch shares, for catalogues too large for ce",
     )
-    add("--negatives", type=number(int, 1), default=256, help="k: negatives a batch shares, --loss sampled")
+    add(
+        "--negatives",
+        type=number(int, 1),
+        help="k: uniform negatives; 1 with bce, 256 with sampled if not given",
+    )
     add("--learning-rate", type=number(float, 1e-12), default=1e-3, help="of Adam, whose beta_2 is 0.98")
     add("--batch-size", type=number(int, 1), default=128, help="users a step")
     add("--epochs", type=number(int, 1), default=200, help="passes over all users, at most")

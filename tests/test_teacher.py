@@ -166,8 +166,9 @@ def test_negatives_are_unseen_and_uniform():
     rng = np.random.default_rng(0)
     item_count, histories = 12, [{1, 12}, {5}, set(range(1, 12))]
     seen = np.array(sorted(u * (item_count + 1) + i for u, items in enumerate(histories) for i in items))
-    users = np.repeat([0, 1, 2], 6000)
+    users = np.repeat([0, 1, 2], 6000).reshape(9000, 2)
     drawn = teacher.draw_negatives(users, seen, item_count, rng)
+    assert drawn.shape == users.shape
     for user, history in enumerate(histories):
         counts = np.bincount(drawn[users == user], minlength=item_count + 1)
         unseen = [i for i in range(1, item_count + 1) if i not in history]
@@ -188,7 +189,8 @@ def test_bce_negatives_in_training_are_never_in_the_training_history(write_data,
         at = 0
         for row in inputs.tolist():
             row = [item for item in row if item]
-            drawn = negatives[at : at + len(row)].tolist()
+            drawn = negatives[at : at + len(row)].flatten().tolist()
+            assert len(drawn) == 2 * len(row)
             at += len(row)
             assert not set(drawn) & set(of_inputs[tuple(row)])
             checked.extend(drawn)
@@ -196,7 +198,12 @@ def test_bce_negatives_in_training_are_never_in_the_training_history(write_data,
         return loss(model, inputs, targets, kind, negatives)
 
     monkeypatch.setattr(teacher, "batch_loss", spy)
-    assert teacher.main([str(data), "--out", str(tmp_path / "m.pt2"), "--loss", "bce", *SMALL]) == 0
+    assert (
+        teacher.main(
+            [str(data), "--out", str(tmp_path / "m.pt2"), "--loss", "bce", "--negatives", "2", *SMALL]
+        )
+        == 0
+    )
     assert len(checked) > 100
 
 
@@ -330,14 +337,16 @@ def test_ce_loss_is_its_formula(scores):
     check_loss(teacher.ce_loss(output, item_vectors, target), expected, output, item_vectors)
 
 
-def test_bce_loss_is_its_formula(scores):
+@pytest.mark.parametrize("k", [1, 3])
+def test_bce_loss_is_its_formula(scores, k):
     output, item_vectors, target = scores
-    negative = torch.randint(1, 41, (300,))
+    negatives = torch.randint(1, 41, (300, k))
     total = 0
-    for f, i, j in zip(output, target.tolist(), negative.tolist(), strict=True):
-        positive_score, negative_score = f @ item_vectors[i], f @ item_vectors[j]
-        total -= (1 / (1 + (-positive_score).exp())).log() + (1 - 1 / (1 + (-negative_score).exp())).log()
-    check_loss(teacher.bce_loss(output, item_vectors, target, negative), total / 300, output, item_vectors)
+    for f, i, row in zip(output, target.tolist(), negatives.tolist(), strict=True):
+        total -= (1 / (1 + (-(f @ item_vectors[i])).exp())).log()
+        for j in row:
+            total -= (1 - 1 / (1 + (-(f @ item_vectors[j])).exp())).log()
+    check_loss(teacher.bce_loss(output, item_vectors, target, negatives), total / 300, output, item_vectors)
 
 
 def test_sampled_loss_is_its_formula_and_leaves_the_target_out(scores):

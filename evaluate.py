@@ -144,19 +144,16 @@ def load_model(path, user_count, item_count, device):
         items, max_length = int(config["items"]), int(config["max_length"])
     except (ValueError, KeyError, TypeError):
         raise BadInput(
-            f"{path} has no config.json with `items` and `max_length`; it is no model of ours"
+            f"{path} has no config.json with `items` and `max_length`; export it with both"
         ) from None
     if items != item_count:
         raise BadInput(
             f"{path} was made for {items:,} items, the data have {item_count:,}; give it its own data"
         )
-    last_user, last_item = (
-        torch.tensor([user_count], device=device),
-        torch.tensor([[item_count]], device=device),
-    )
+    last_ids = torch.tensor([[user_count, item_count]], device=device)
     try:
         with torch.no_grad():
-            _, output, item_vectors = program(last_user, last_item)
+            _, output, item_vectors = program(last_ids[:, 0], last_ids[:, 1:])
     except (IndexError, RuntimeError):
         raise BadInput(f"{path} does not take user {user_count}; give it the data it was made from") from None
     if output.shape[:2] != (1, 1) or item_vectors.shape != (items + 1, output.shape[-1]):

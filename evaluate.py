@@ -446,7 +446,7 @@ def main(argv=None):
         help="items drawn a user by --protocol uniform or popularity",
     )
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
-    add("--seed", type=int, default=0, help="of drawn negatives and of the bootstrap")
+    add("--seed", type=number(int, 0), default=0, help="of drawn negatives and of the bootstrap")
     add("--json", action="store_true", help="print a list with an object a model instead of the table")
     add(
         "--recommend",

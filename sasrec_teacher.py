@@ -507,7 +507,7 @@ def main(argv=None):
         default=10,
         help="epochs without a better validation NDCG@10 to stop after",
     )
-    add("--seed", type=int, default=0, help="same seed, data and machine: same file")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
     add(
         "--device",
         choices=["cpu", "cuda"],

@@ -405,6 +405,13 @@ def test_too_many_negatives_are_told(data, write_model, capsys):
     assert "lower --negatives" in error
 
 
+@pytest.mark.parametrize("option", ["--seed=-1", "--at=0", "--negatives=0", "--split=train"])
+def test_settings_out_of_range_end_with_status_2(data, option):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(data), "model.pt2", option])
+    assert end.value.code == 2
+
+
 def test_as_a_command(data, write_model):
     command = [sys.executable, evaluate.__file__, data, write_model(Counting(9), 9, 4), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)

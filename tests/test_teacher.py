@@ -499,7 +499,16 @@ def test_settings_that_do_not_fit_are_told(small, tmp_path, capsys, option, says
 
 
 @pytest.mark.parametrize(
-    "option", ["--dim=0", "--max-length=1", "--dropout=1", "--learning-rate=-1", "--loss=mse", "--epochs=x"]
+    "option",
+    [
+        "--dim=0",
+        "--seed=-1",
+        "--max-length=1",
+        "--dropout=1",
+        "--learning-rate=-1",
+        "--loss=mse",
+        "--epochs=x",
+    ],
 )
 def test_settings_out_of_range_end_with_status_2(small, tmp_path, option):
     with pytest.raises(SystemExit) as end:

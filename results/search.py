@@ -4,11 +4,11 @@
     python results/search.py speed data/ml-1m.txt
     python results/search.py chance data/ml-100k.txt --teacher runs/teacher.pt2
 
-`planted`: searches with one cell and one node on synthetic scenes whose truth is known: how often the operation
-found reaches the lag, what a cost loss of moderate and of large beta leaves, and the expected cost over beta.
-`speed`: seconds of a forward and backward pass of the supernet, of the student all of whose edges are conv5,
-and of the supernet with every operation by itself, in turn, without a teacher. `chance`: architectures that
-were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10.
+`planted`: searches with one cell and one node on synthetic scenes whose truth is known: how often the
+operation found reaches the lag, what a cost loss of moderate and of large beta leaves, and expected cost over
+beta. `speed`: seconds of a forward and backward pass of the supernet, of the student all of whose edges are
+conv5, and of the supernet with every operation by itself, in turn, without a teacher. `chance`: architectures
+that were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,7 +51,7 @@ def search(folder, data, *options):
 
 def planted(args, folder):
     """Print what searches find on `lag` and `markov` scenes."""
-    small = "--gamma 0 --cells 1 --nodes 1 --dim 32 --max-length 20 --dropout 0.1".split()
+    small = ["--gamma", 0, "--cells", 1, "--nodes", 1, "--dim", 32, "--max-length", 20, "--dropout", 0.1]
     for lag in (0, 2, 4, 6):
         scene = ["--scene", "lag", "--lag", lag] if lag else ["--scene", "markov"]
         size = ["--users", 1000, "--items", 60, "--length", 20]
@@ -72,7 +73,7 @@ def planted(args, folder):
 
 
 class Explicit(torch.nn.Module):
-    """ada.MixedEdges with every operation by itself: what a supernet usually does."""
+    """ada.MixedEdges with every operation of every edge by itself: what a supernet usually does."""
 
     def __init__(self, dim, targets):
         super().__init__()
@@ -82,8 +83,17 @@ class Explicit(torch.nn.Module):
 
     def forward(self, x, y):
         """x [B, d, T], y [targets, |O|] -> [B, targets, d, T]."""
-        rows = zip(self.operations, y, strict=True)
-        return torch.stack([sum(w * o(x) for w, o in zip(share, row, strict=True)) for row, share in rows], 1)
+        sums = []
+        for row, share in zip(self.operations, y, strict=True):
+            outputs = []
+            for o in row:
+                if o.name.endswith("pool"):  # torch's own pools, which train faster than the exportable ones
+                    pool = F.avg_pool1d if o.name == "avg_pool" else F.max_pool1d
+                    outputs.append(pool(F.pad(x, (2, 0)), 3, stride=1))
+                else:
+                    outputs.append(o(x))
+            sums.append(sum(w * out for w, out in zip(share, outputs, strict=True)))
+        return torch.stack(sums, 1)
 
 
 def speed(args, folder):

@@ -142,6 +142,19 @@ def batches_of_like_length(length, batch_size, rng):
     return [batches[k] for k in rng.permutation(len(batches))]
 
 
+def training_part(path, starts, train_end, evaluated, max_length, rng):
+    """What training reads: `users` [N] with two training items or more, the last max_length + 1 of which are
+    items[begin:end]; and `chosen`, users to validate with, drawn where there are many. Raises BadInput.
+    """
+    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
+    if len(users) == 0 or not evaluated.any():
+        raise BadInput(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
+    chosen = np.flatnonzero(evaluated)
+    if len(chosen) > VALIDATION_USERS:
+        chosen = np.sort(rng.choice(chosen, VALIDATION_USERS, replace=False))
+    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], chosen
+
+
 # ---- The student: cells of one architecture --------------------------------------------------------------
 # `edges[j-1][i]` names the operation from node i to node j; node 0 is the cell's input
 
@@ -633,6 +646,26 @@ def export_model(model, max_length, config):
     return buffer.getvalue()
 
 
+def load_teacher(args, user_count, item_count, data_sha256):
+    """The frozen program of --teacher, the length of history, its layers behind the embedding, its width.
+
+    Raises BadInput unless it was trained on these data (it could know their test items), reads --max-length
+    items and has a layer.
+    """
+    program, config = load_model(args.teacher, user_count, item_count, args.device)
+    if config.get("data_sha256", data_sha256) != data_sha256:
+        raise BadInput(f"{args.teacher} was trained on other data than {args.data}; train one on these")
+    max_length = args.max_length or config["max_length"]
+    if config["max_length"] < max_length:
+        raise BadInput(f"{args.teacher} reads {config['max_length']} items; lower --max-length to that")
+    with torch.no_grad():
+        one = torch.ones(1, 1, dtype=torch.int64, device=args.device)
+        states, _, _, dim = program(one[0], one)[0].shape
+    if states < 2:
+        raise BadInput(f"{args.teacher} has no layer behind its embedding to learn from; use another teacher")
+    return program.requires_grad_(False), max_length, states - 1, dim
+
+
 def parse_edges(text):
     """edges[j-1][i] from `--edges`: nodes apart by `;`, their edges' operations by `,`. Raises BadInput."""
     edges = [[o.strip() for o in row.split(",")] for row in text.split(";")]
@@ -745,25 +778,10 @@ def train(args):
     for path in paths:
         check_writable(path)
 
-    program, max_length, data_sha256 = None, args.max_length, sha256_of(args.data)
+    program, max_length, data_sha256 = None, args.max_length or 50, sha256_of(args.data)
     if args.gamma > 0:
-        program, config = load_model(args.teacher, user_count, item_count, args.device)
-        if config.get("data_sha256", data_sha256) != data_sha256:
-            raise BadInput(f"{args.teacher} was trained on other data than {args.data}; train one on these")
-        max_length = max_length or config["max_length"]
-        if config["max_length"] < max_length:
-            raise BadInput(f"{args.teacher} reads {config['max_length']} items; lower --max-length to that")
-        program.requires_grad_(False)
-    max_length = max_length or 50
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
-    if len(users) == 0 or not evaluated.any():
-        raise BadInput(
-            f"{args.data}: no user has 3 interactions, or none has 2 to train on; take a larger log"
-        )
-    begin, end = np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users]
-    chosen = np.flatnonzero(evaluated)
-    if len(chosen) > VALIDATION_USERS:
-        chosen = np.sort(rng.choice(chosen, VALIDATION_USERS, replace=False))
+        program, max_length, layers, teacher_dim = load_teacher(args, user_count, item_count, data_sha256)
+    users, begin, end, chosen = training_part(args.data, starts, train_end, evaluated, max_length, rng)
 
     edges = None if args.edges is None else parse_edges(args.edges)
     nodes = len(edges) if edges else args.nodes
@@ -780,16 +798,9 @@ def train(args):
         alpha = nn.Parameter(torch.zeros(edge_index(0, nodes + 1), len(OPERATIONS), device=args.device))
         groups.append({"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4})
     if program:
-        with torch.no_grad():
-            one = torch.ones(1, 1, dtype=torch.int64, device=args.device)
-            layers, _, _, teacher_dim = program(one[0], one)[0].shape
-        if layers < 2:
-            raise BadInput(
-                f"{args.teacher} has no layer behind its embedding to learn from; use another teacher"
-            )
         W_e, W_h = (nn.Linear(args.dim, teacher_dim).to(args.device) for _ in range(2))
         groups[0]["params"] += [*W_e.parameters(), *W_h.parameters()]
-        w_S, w_T = np.full(args.cells, 1 / args.cells), np.full(layers - 1, 1 / (layers - 1))
+        w_S, w_T = np.full(args.cells, 1 / args.cells), np.full(layers, 1 / layers)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
     costs = costs.float().to(args.device)
     what = "search over" if search else "training"

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sasrec_teacher
 
@@ -38,6 +39,32 @@ def write_model(tmp_path):
         path = tmp_path / name
         path.write_bytes(buffer.getvalue())
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_gru(write_model):
+    """A function that writes a teacher of another kind than ours, a GRU of `layers` layers."""
+
+    class GRU(torch.nn.Module):
+        def __init__(self, items, max_length, layers):
+            super().__init__()
+            self.max_length, self.embedding = max_length, torch.nn.Embedding(items + 1, 10)
+            self.cells = torch.nn.ModuleList(torch.nn.GRU(10, 10, batch_first=True) for _ in range(layers))
+
+        def forward(self, users, items):
+            length = items.shape[1]  # torch exports a GRU for one length alone: fill up to one above all
+            padded = F.pad(items, (0, self.max_length + 1))[:, : self.max_length + 1]
+            hidden = [self.embedding(padded)]
+            for cell in self.cells:
+                hidden.append(cell(hidden[-1])[0])
+            hidden = torch.stack(hidden)[:, :, :length]
+            return hidden, hidden[-1], self.embedding.weight
+
+    def write(items=12, max_length=8, layers=2, **config):
+        torch.manual_seed(0)
+        return write_model(GRU(items, max_length, layers), items, max_length, "gru.pt2", **config)
 
     return write
 

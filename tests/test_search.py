@@ -30,31 +30,6 @@ def small(write_data):
     return write_data({u: (rng.integers(12) + np.arange(3 + u % 6)) % 12 + 1 for u in range(1, 31)})
 
 
-@pytest.fixture
-def teacher(write_model):
-    """A function that writes a teacher of another kind, a GRU of `layers` layers, made by torch alone."""
-
-    class GRU(torch.nn.Module):
-        def __init__(self, items, max_length, layers):
-            super().__init__()
-            self.max_length, self.embedding = max_length, torch.nn.Embedding(items + 1, 10)
-            self.cells = torch.nn.ModuleList(torch.nn.GRU(10, 10, batch_first=True) for _ in range(layers))
-
-        def forward(self, users, items):
-            length = items.shape[1]  # torch exports a GRU for one length alone: fill up to one above all
-            hidden = [self.embedding(F.pad(items, (0, self.max_length + 1))[:, : self.max_length + 1])]
-            for cell in self.cells:
-                hidden.append(cell(hidden[-1])[0])
-            hidden = torch.stack(hidden)[:, :, :length]
-            return hidden, hidden[-1], self.embedding.weight
-
-    def write(items=12, max_length=8, layers=2, **config):
-        torch.manual_seed(0)
-        return write_model(GRU(items, max_length, layers), items, max_length, "gru.pt2", **config)
-
-    return write
-
-
 def fails(argv, capsys):
     """The one line that `main` says on standard error before it ends with status 2."""
     assert search.main([str(a) for a in argv]) == 2
@@ -477,7 +452,7 @@ def test_cost_decides_where_accuracy_does_not(scenes, tmp_path):
 # ---- Training ----------------------------------------------------------------------------------------------
 
 
-def test_search_with_a_gru_as_teacher_leaves_it_alone(small, teacher, tmp_path, monkeypatch):
+def test_search_with_a_gru_as_teacher_leaves_it_alone(small, write_gru, tmp_path, monkeypatch):
     loaded, real = [], search.load_model
 
     def spy(*args):
@@ -490,7 +465,7 @@ def test_search_with_a_gru_as_teacher_leaves_it_alone(small, teacher, tmp_path, 
     argv = [
         small,
         "--teacher",
-        teacher(),
+        write_gru(),
         "--out",
         out,
         "--cells",
@@ -549,11 +524,11 @@ def test_the_published_alpha_rate_hardly_moves_alpha(small, tmp_path):
     assert log[-1]["sure"] == pytest.approx(1 / 8, abs=1e-3)
 
 
-def test_ablations_switch_parts_off(small, teacher, tmp_path):
+def test_ablations_switch_parts_off(small, write_gru, tmp_path):
     weights = {}
     for part in ("none", "embedding", "hidden", "prediction"):
         out = tmp_path / f"{part}.json"
-        argv = [small, "--teacher", teacher(), "--out", out, *SMALL[2:], "--edges", "conv3"]
+        argv = [small, "--teacher", write_gru(), "--out", out, *SMALL[2:], "--edges", "conv3"]
         argv += [] if part == "none" else [f"--{part}-weight", 0]
         assert search.main([str(a) for a in argv]) == 0
         weights[part] = torch.export.load(out.with_suffix(".pt2")).state_dict["M.weight"]
@@ -592,20 +567,20 @@ def test_bad_architectures_are_told(small, tmp_path, capsys, edges, says):
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_teachers_that_do_not_fit_are_told(small, teacher, tmp_path, capsys):
+def test_teachers_that_do_not_fit_are_told(small, write_gru, tmp_path, capsys):
     out = ["--out", tmp_path / "a.json", "--epochs", 1]
-    assert "made for 13 items" in fails([small, "--teacher", teacher(items=13), *out], capsys)
-    error = fails([small, "--teacher", teacher(), "--max-length", 9, *out], capsys)
+    assert "made for 13 items" in fails([small, "--teacher", write_gru(items=13), *out], capsys)
+    error = fails([small, "--teacher", write_gru(), "--max-length", 9, *out], capsys)
     assert "reads 8 items; lower --max-length" in error
-    assert "trained on other data" in fails([small, "--teacher", teacher(data_sha256="0"), *out], capsys)
-    assert "no layer behind its embedding" in fails([small, "--teacher", teacher(layers=0), *out], capsys)
+    assert "trained on other data" in fails([small, "--teacher", write_gru(data_sha256="0"), *out], capsys)
+    assert "no layer behind its embedding" in fails([small, "--teacher", write_gru(layers=0), *out], capsys)
     assert "cannot read none.pt2" in fails([small, "--teacher", "none.pt2", *out], capsys)
     assert "--teacher is missing" in fails([small, *out], capsys)
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_a_teacher_of_one_layer_works(small, teacher, tmp_path):
-    argv = [small, "--teacher", teacher(layers=1), "--out", tmp_path / "a.json", "--epochs", 1, "--dim", 8]
+def test_a_teacher_of_one_layer_works(small, write_gru, tmp_path):
+    argv = [small, "--teacher", write_gru(layers=1), "--out", tmp_path / "a.json", "--epochs", 1, "--dim", 8]
     assert search.main([str(a) for a in argv]) == 0
 
 
@@ -645,11 +620,11 @@ def test_settings_out_of_range_end_with_status_2(small, tmp_path, option):
     assert end.value.code == 2
 
 
-def test_all_of_gamma_may_be_distillation(small, teacher, tmp_path):
+def test_all_of_gamma_may_be_distillation(small, write_gru, tmp_path):
     argv = [
         small,
         "--teacher",
-        teacher(),
+        write_gru(),
         "--out",
         tmp_path / "a.json",
         "--gamma",

@@ -525,10 +525,10 @@ def test_the_published_alpha_rate_hardly_moves_alpha(small, tmp_path):
 
 
 def test_ablations_switch_parts_off(small, write_gru, tmp_path):
-    weights = {}
+    weights, teacher = {}, write_gru()
     for part in ("none", "embedding", "hidden", "prediction"):
         out = tmp_path / f"{part}.json"
-        argv = [small, "--teacher", write_gru(), "--out", out, *SMALL[2:], "--edges", "conv3"]
+        argv = [small, "--teacher", teacher, "--out", out, *SMALL[2:], "--edges", "conv3"]
         argv += [] if part == "none" else [f"--{part}-weight", 0]
         assert search.main([str(a) for a in argv]) == 0
         weights[part] = torch.export.load(out.with_suffix(".pt2")).state_dict["M.weight"]

@@ -12,8 +12,8 @@ Reads   interactions, `user item` a row (data/README.md), a teacher (README.md, 
 Writes  OUT, the student as a model file, of the epoch whose validation NDCG@10 was best; and OUT.log.jsonl, a
         line an epoch with the flow and the weights of the layers.
 
-    python emd_distill.py data/ml-100k.txt --teacher runs/teacher.pt2 --architecture runs/architecture.json \
-        --out runs/student.pt2
+    python emd_distill.py data/ml-100k.txt --teacher runs/teacher.pt2 \\
+        --architecture runs/architecture.json --out runs/student.pt2
 """
 
 import argparse

@@ -1,0 +1,79 @@
+"""Does distillation help, and does the mapping of layers matter? The same student, trained in several ways.
+
+    python results/distill.py data/ml-100k.txt --teacher big.pt2 --architecture a.json --seeds 5 -- --epochs 20
+
+Each variant trains from random weights, for as many epochs, with the options behind `--`; the epoch is chosen
+on validation. Prints HR@10 and NDCG@10 of the test items of each run, mean and standard deviation over seeds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = {
+    "alone": ["--gamma", "0"],
+    "prediction only": ["--hidden-weight", "0", "--embedding-weight", "0"],
+    "last": ["--mapping", "last"],
+    "one-to-one": ["--mapping", "one-to-one"],
+    "emd": [],
+    "emd, mse": ["--distance", "mse"],
+}
+
+
+def script(*command):
+    """Standard output of a script of this repository."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
+
+
+def main(argv=None):
+    """Read the command line, train, evaluate, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="interactions")
+    parser.add_argument("--teacher", required=True, help="model file")
+    parser.add_argument("--architecture", required=True, help="of the student")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each variant")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which ones")
+    parser.add_argument("options", nargs="*", help="of emd_distill.py, behind --")
+    args = parser.parse_args(argv)
+    reached = {name: [] for name in args.variants}
+    data, teacher, architecture = (Path(p).resolve() for p in (args.data, args.teacher, args.architecture))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "student.pt2"
+        (report,) = json.loads(script("evaluate.py", data, teacher, "--json"))
+        print(f"teacher: HR@10 {report['HR@10']:.4f}, NDCG@10 {report['NDCG@10']:.4f}", flush=True)
+        for seed in range(args.seeds):
+            for name in args.variants:
+                common = [
+                    "--teacher",
+                    teacher,
+                    "--architecture",
+                    architecture,
+                    "--from-scratch",
+                    "--seed",
+                    seed,
+                ]
+                script("emd_distill.py", data, *common, "--out", out, *args.options, *VARIANTS[name])
+                (report,) = json.loads(script("evaluate.py", data, out, "--json"))
+                reached[name].append((report["HR@10"], report["NDCG@10"]))
+                print(
+                    f"{name}, seed {seed}: HR@10 {report['HR@10']:.4f}, NDCG@10 {report['NDCG@10']:.4f}",
+                    flush=True,
+                )
+    for name, pairs in reached.items():
+        means = [statistics.mean(column) for column in zip(*pairs, strict=True)]
+        spread = statistics.stdev(ndcg for _, ndcg in pairs) if len(pairs) > 1 else 0.0
+        print(f"{name}: mean HR@10 {means[0]:.4f}, NDCG@10 {means[1]:.4f}, standard deviation {spread:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Stage 3: train the student with many-to-many distillation, mapped by Earth Mover's Distance.
+r"""Stage 3: train the student with many-to-many distillation, mapped by Earth Mover's Distance.
 
 Lei Chen, Fajie Yuan, Jiaxi Yang, Min Yang and Chengming Li, "Scene-adaptive Knowledge Distillation for
 Sequential Recommendation via Differentiable Architecture Search", arXiv 2107.07173; the mapping of layers is
@@ -12,7 +12,7 @@ Reads   interactions, `user item` a row (data/README.md), a teacher (README.md, 
 Writes  OUT, the student as a model file, of the epoch whose validation NDCG@10 was best; and OUT.log.jsonl, a
         line an epoch with the flow and the weights of the layers.
 
-    python emd_distill.py data/ml-100k.txt --teacher runs/teacher.pt2 \\
+    python emd_distill.py data/ml-100k.txt --teacher runs/teacher.pt2 \
         --architecture runs/architecture.json --out runs/student.pt2
 """
 

@@ -1,6 +1,6 @@
 """Does distillation help, and does the mapping of layers matter? The same student, trained in several ways.
 
-    python results/distill.py data/ml-100k.txt --teacher big.pt2 --architecture a.json --seeds 5 -- --epochs 20
+    python results/distill.py data/ml-100k.txt --teacher big.pt2 --architecture a.json -- --epochs 20
 
 Each variant trains from random weights, for as many epochs, with the options behind `--`; the epoch is chosen
 on validation. Prints HR@10 and NDCG@10 of the test items of each run, mean and standard deviation over seeds.

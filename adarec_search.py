@@ -988,7 +988,7 @@ def main(argv=None):
     add(
         "--beta",
         type=number(float, 0),
-        default=0.3,
+        default=1.0,
         help="weight of L_cost: the loss accepted for the dearest architecture",
     )
     for part, what in (

@@ -331,11 +331,9 @@ class SASRec(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, scaled) for _ in range(blocks))
         self.norm = nn.LayerNorm(dim)
-        for weight in self.blocks.parameters():
+        for weight in self.parameters():
             if weight.ndim == 2:
-                nn.init.xavier_normal_(weight)
-        nn.init.normal_(self.P, std=0.02)
-        nn.init.normal_(self.M.weight, std=0.02)
+                nn.init.normal_(weight, std=0.02)  # small: at first, what comes in passes on nearly unchanged
         with torch.no_grad():
             self.M.weight[0] = 0
 

@@ -1,4 +1,4 @@
-# make demo    from nothing to a teacher, a searched student and their evaluation, in runs/
+# make demo    from nothing to a teacher, a searched and distilled student and their evaluation, in runs/
 # make test    the checks
 # make lint    ruff, as CI runs it
 # Each makes .venv from requirements.txt first, if it is not there; PYTHON=python3.12 make ... chooses another Python.
@@ -13,8 +13,10 @@ DATA := data/ml-100k.txt
 demo: .venv/ready $(DATA)
 	$(VENV) sasrec_teacher.py $(DATA) --out runs/teacher.pt2
 	$(VENV) adarec_search.py $(DATA) --teacher runs/teacher.pt2 --out runs/architecture.json
-	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/architecture.pt2
-	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/architecture.pt2 --recommend 1
+	$(VENV) emd_distill.py $(DATA) --teacher runs/teacher.pt2 --architecture runs/architecture.json --out runs/student.pt2
+	$(VENV) emd_distill.py $(DATA) --architecture runs/architecture.json --gamma 0 --from-scratch --out runs/student-alone.pt2
+	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/student-alone.pt2 --recommend 1
+	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/student-alone.pt2
 
 test: .venv/ready
 	$(VENV) -m pytest

@@ -43,6 +43,7 @@ SETTINGS = {
         "temperature": 2.0,
         "epsilon_exp": 1e-3,
         "epsilon_tanh": 1e-2,
+        "batch_size": 32,
         "samples": 1,
         "warm_up": 30,
         "epochs": 20,
@@ -54,6 +55,7 @@ SETTINGS = {
         "temperature": 5.0,
         "epsilon_exp": 1e-4,
         "epsilon_tanh": 1e-2,
+        "batch_size": 16,
         "samples": 1,
         "warm_up": 1000,
         "epochs": 100,
@@ -65,6 +67,7 @@ SETTINGS = {
         "temperature": 2.0,
         "epsilon_exp": 1e-4,
         "epsilon_tanh": 1e-4,
+        "batch_size": 128,
         "samples": 5,
         "warm_up": 1000,
         "epochs": 1000,
@@ -83,15 +86,15 @@ def ranks(scores, observed):
     """Rank of each item among the unobserved ones of its row, 1 the best; 0 for an observed one.
 
     scores [B, V] float32, observed [B, V] bool -> int32 [B, V]. Of equal scores, the smaller id ranks first,
-    so that ties are broken alike in both models. To sort numbers made of score and id is the fastest way.
+    so that ties are broken alike in both models. It is a radix sort of the scores' bits, 16 by 16, in half the
+    time that a sort by comparison takes.
     """
-    bits = (
-        np.where(observed, np.float32(np.inf), 0 - scores.astype(np.float32)).view(np.int32).astype(np.int64)
-    )
-    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as floats are ordered, so are these integers
-    order = np.sort((ordered << 32) | np.arange(scores.shape[1]), axis=1) & 0xFFFFFFFF
-    rank = np.empty(scores.shape, np.int32)
-    np.put_along_axis(rank, order, np.arange(1, scores.shape[1] + 1, dtype=np.int32)[None], axis=1)
+    bits = np.where(observed, np.float32(np.inf), 0 - scores.astype(np.float32)).view(np.uint32)
+    bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # so they order as the floats
+    rank, places = np.empty(scores.shape, np.int32), np.arange(1, scores.shape[1] + 1, dtype=np.int32)
+    for of_row, low, high in zip(rank, bits.astype(np.uint16), (bits >> 16).astype(np.uint16), strict=True):
+        order = np.argsort(low, kind="stable")
+        of_row[order[np.argsort(high[order], kind="stable")]] = places
     rank[observed] = 0
     return rank
 
@@ -889,6 +892,7 @@ def main(argv=None):
         ("temperature", float, positive, "tau: the other model's logits are divided by it"),
         ("epsilon_exp", float, positive, "epsilon_e of p_S->T"),
         ("epsilon_tanh", float, positive, "epsilon_t of p_T->S"),
+        ("batch_size", int, 1, "users a step"),
         ("samples", int, 1, "uniform negatives, and drawn items of each direction, an observed item"),
         ("warm_up", int, 0, "epochs alone"),
         ("epochs", int, 0, "epochs together; 0 writes the warmed up models"),
@@ -918,7 +922,6 @@ def main(argv=None):
     )
     add("--max-length", type=number(int, 2), default=50, help="most recent items that sasrec sees (50)")
     add("--weight-decay", type=number(float, 0), default=0.0, help="of Adam (0)")
-    add("--batch-size", type=number(int, 1), default=128, help="users a step (128)")
     add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same files (0)")
     add(
         "--device",

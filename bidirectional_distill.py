@@ -86,8 +86,8 @@ def ranks(scores, observed):
     """Rank of each item among the unobserved ones of its row, 1 the best; 0 for an observed one.
 
     scores [B, V] float32, observed [B, V] bool -> int32 [B, V]. Of equal scores, the smaller id ranks first,
-    so that ties are broken alike in both models. It is a radix sort of the scores' bits, 16 by 16, in half the
-    time that a sort by comparison takes.
+    so that ties are broken alike in both models. It is a radix sort of the scores' bits, 16 by 16, in half
+    the time that a sort by comparison takes.
     """
     bits = np.where(observed, np.float32(np.inf), 0 - scores.astype(np.float32)).view(np.uint32)
     bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # so they order as the floats

@@ -18,6 +18,7 @@ Writes  OUT, the student as a model file, of the epoch whose validation NDCG@10 
 
 import argparse
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -76,27 +77,34 @@ def mse_distances(student, teacher):
     return squares.clamp(min=0) / s.shape[1]  # rounding may leave a tiny negative number
 
 
+@functools.cache  # the same in every step, and as slow to make as the program is to solve
+def row_and_column_sums(rows, columns):
+    """The matrix that maps a flow, as a vector row by row, to its row sums and all but the last column sum.
+
+    That one follows from the others. Sparse [rows + columns - 1, rows columns].
+    """
+    row_sums = sparse.kron(sparse.eye_array(rows), np.ones((1, columns)))
+    column_sums = sparse.kron(np.ones((1, rows)), sparse.eye_array(columns))
+    return sparse.vstack([row_sums, column_sums.tocsr()[:-1]]).tocsr()
+
+
 def transport(student_weights, teacher_weights, distance):
     """The flow F [L_S, L_T] of least cost: min sum_ij F_ij D_ij, F >= 0, rows sum to w^S, columns to w^T.
 
     Weights [L_S] and [L_T], each of sum 1; distance [L_S, L_T]; float64 arrays. Raises BadInput when a
     distance is not finite or the solver fails.
     """
-    rows, columns = distance.shape
     if not np.isfinite(distance).all():
         raise BadInput("a distance between layers is not finite; lower --learning-rate")
-    # of flow F as a vector, row after row. The last column's sum follows from the others: it is left out
-    row_sums = sparse.kron(sparse.eye_array(rows), np.ones((1, columns)))
-    column_sums = sparse.kron(np.ones((1, rows)), sparse.eye_array(columns))
     solved = linprog(
         distance.ravel() / max(np.abs(distance).max(), 1e-300),  # of a size that suits the solver's tolerance
-        A_eq=sparse.vstack([row_sums, column_sums.tocsr()[:-1]]).tocsr(),
+        A_eq=row_and_column_sums(*distance.shape),
         b_eq=np.concatenate([student_weights, teacher_weights[:-1]]),
         method="highs",
     )
     if solved.status != 0:
         raise BadInput(f"the transport between layers could not be solved: {solved.message}")
-    return solved.x.reshape(rows, columns)
+    return solved.x.reshape(distance.shape)
 
 
 def fixed_flow(mapping, student_layers, teacher_layers):

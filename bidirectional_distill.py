@@ -242,9 +242,9 @@ class CDAE(nn.Module):
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [2, B, T, d], output [B, T, d+1], item_vectors [V+1, d+1]."""
-        again = (
-            (items[:, :, None] == items[:, None]).tril(-1).any(-1)
-        )  # y_u is 1 for an item that comes twice
+        ordered, order = items.sort(dim=1, stable=True)
+        again = (ordered == ordered.roll(1, 1)) & (torch.arange(items.shape[1], device=items.device) > 0)
+        again = again.scatter(1, order, again)  # y_u is 1 for an item that comes twice
         embedded = self.W(items) * ~again[..., None]
         output = self.hidden(users, embedded.cumsum(1))
         return torch.stack([embedded, output[..., :-1]]), output, self.w_and_b

@@ -38,6 +38,12 @@ def test_the_copies_that_stages_share_are_there():
     assert {"read_interactions", "leave_one_out", "pad_batch", "rank_of_target", "BadInput"} <= shared
 
 
+def test_search_and_distillation_share_student_and_transport():
+    shared = definitions(ROOT / "adarec_search.py").keys() & definitions(ROOT / "emd_distill.py").keys()
+    assert {"Operation", "Cell", "Student", "item_losses", "check_edges", "load_teacher"} <= shared
+    assert {"kl_distances", "transport", "emd_loss", "updated_weights", "embedding_loss"} <= shared
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_no_script_imports_another(path):
     names = {script.stem for script in SCRIPTS}

@@ -65,3 +65,23 @@ def test_the_log_has_a_line_an_epoch(scene):
     log = [json.loads(line) for line in Path(f"{model}.log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == list(range(1, len(log) + 1))
     assert {"epoch", "loss", "HR@10", "NDCG@10", "seconds"} == log[0].keys()
+
+
+def test_all_four_stages_end_in_one_table(scene):
+    data, teacher, best = scene
+    folder = teacher.parent
+    architecture = folder / "architecture.json"
+    shape = ["--cells", 2, "--nodes", 1, "--dim", 32, "--epochs", 6, "--beta", 0.1]
+    run("adarec_search.py", data, "--teacher", teacher, "--out", architecture, *shape)
+    learned = ["--teacher", teacher, "--architecture", architecture]
+    run("emd_distill.py", data, *learned, "--out", folder / "student.pt2", "--epochs", 4)
+    both = ["--warm-up", 2, "--epochs", 2, "--teacher-dim", 16, "--student-dim", 8]
+    run("bidirectional_distill.py", data, "--out", folder / "bd", *both)
+    names = ["teacher", "architecture", "student", "bd-teacher", "bd-student"]
+    models = [folder / f"{name}.pt2" for name in names]
+    reports = json.loads(run("evaluate.py", data, *models, "--json"))
+    assert [Path(report["model"]).stem for report in reports] == names
+    by_name = dict(zip(names, reports, strict=True))
+    assert 0.8 * best <= by_name["student"]["NDCG@10"] <= 1.05 * best
+    assert by_name["student"]["macs"] < by_name["teacher"]["macs"]
+    assert len({report["users"] for report in reports}) == 1

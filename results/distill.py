@@ -43,8 +43,10 @@ def main(argv=None):
     parser.add_argument("--architecture", required=True, help="of the student")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which ones")
-    parser.add_argument("options", nargs="*", help="of emd_distill.py, behind --")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)  # what stands behind `--` is for the script
+    args = parser.parse_args(argv[:cut])
+    args.options = argv[cut + 1 :]
     reached = {name: [] for name in args.variants}
     data, teacher, architecture = (Path(p).resolve() for p in (args.data, args.teacher, args.architecture))
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,8 @@
 operation found reaches the lag, what a cost loss of moderate and of large beta leaves, and expected cost over
 beta. `speed`: seconds of a forward and backward pass of the supernet, of the student all of whose edges are
 conv5, and of the supernet with every operation by itself, in turn, without a teacher. `chance`: architectures
-that were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10.
+that were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10. Options of
+adarec_search.py may stand behind `--`.
 """
 
 import argparse
@@ -183,8 +184,10 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=10, help="searches of each kind")
     parser.add_argument("--randoms", type=int, default=5, help="random architectures, for chance")
     parser.add_argument("--runs", type=int, default=7, help="passes of each model, for speed")
-    parser.add_argument("options", nargs="*", help="of adarec_search.py, behind --, for chance")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)  # what stands behind `--` is for the script
+    args = parser.parse_args(argv[:cut])
+    args.options = argv[cut + 1 :]
     with tempfile.TemporaryDirectory() as folder:
         {"planted": planted, "speed": speed, "chance": chance}[args.what](args, folder)
 

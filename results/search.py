@@ -8,8 +8,8 @@
 operation found reaches the lag, what a cost loss of moderate and of large beta leaves, and expected cost over
 beta. `speed`: seconds of a forward and backward pass of the supernet, of the student all of whose edges are
 conv5, and of the supernet with every operation by itself, in turn, without a teacher. `chance`: architectures
-that were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10. Options of
-adarec_search.py may stand behind `--`.
+that were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10. What
+stands behind `--` goes to adarec_search.py.
 """
 
 import argparse

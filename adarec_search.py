@@ -862,6 +862,9 @@ def train(args):
             optimizer.zero_grad()
             # the losses sum over positions: a batch of short histories must not count as one of long ones
             (loss * count / mean_count).backward()
+            if search and epoch <= args.alpha_warm_up:
+                # a convolution has to learn before it can beat a pool, which need not: all are drawn alike first
+                alpha.grad = None
             optimizer.step()
             total += count * np.array([part.item() for part in (l_ce, l_emb, l_hid, l_pred, l_cost)])
             positions += count
@@ -996,7 +999,7 @@ def main(argv=None):
     add(
         "--beta",
         type=number(float, 0),
-        default=1.0,
+        default=0.3,
         help="weight of L_cost: the loss accepted for the dearest architecture",
     )
     for part, what in (
@@ -1023,9 +1026,15 @@ def main(argv=None):
         default=5e-2,
         help="of AdamW on alpha; 2e-5 in the published code, where alpha stays near its start",
     )
+    add(
+        "--alpha-warm-up",
+        type=number(int, 0),
+        default=10,
+        help="epochs before alpha begins to learn, in which all operations are drawn alike",
+    )
     add("--learning-rate", type=number(float, 1e-12), default=5e-3, help="of AdamW on the weights")
     add("--batch-size", type=number(int, 1), default=32, help="users a step")
-    add("--epochs", type=number(int, 1), default=20, help="passes over all users")
+    add("--epochs", type=number(int, 1), default=30, help="passes over all users")
     fixed = parser.add_mutually_exclusive_group()
     fixed.add_argument(
         "--edges",

@@ -408,7 +408,7 @@ def scenes(tmp_path_factory):
     return folder
 
 
-def searched(scenes, lag, tmp_path, beta, epochs=15):
+def searched(scenes, lag, tmp_path, beta, epochs=20):
     """The one operation that a search picks, and its log."""
     out = tmp_path / f"{lag}-{beta}.json"
     options = ["--gamma", 0, "--cells", 1, "--nodes", 1, "--dim", 16, "--max-length", 20, "--dropout", 0]
@@ -519,7 +519,12 @@ def test_the_same_seed_gives_the_same_files(small, tmp_path, option):
 
 def test_the_published_alpha_rate_hardly_moves_alpha(small, tmp_path):
     out = tmp_path / "m.json"
-    assert search.main([str(small), "--out", str(out), *SMALL, "--alpha-learning-rate", "2e-5"]) == 0
+    assert (
+        search.main(
+            [str(small), "--out", str(out), *SMALL, "--alpha-learning-rate", "2e-5", "--alpha-warm-up", "0"]
+        )
+        == 0
+    )
     log = [json.loads(line) for line in Path(f"{out}.log.jsonl").read_text().splitlines()]
     assert log[-1]["sure"] == pytest.approx(1 / 8, abs=1e-3)
 
@@ -635,3 +640,10 @@ def test_all_of_gamma_may_be_distillation(small, write_gru, tmp_path):
         8,
     ]
     assert search.main([str(a) for a in argv]) == 0
+
+
+def test_alpha_waits_for_its_warm_up(small, tmp_path):
+    out = tmp_path / "m.json"
+    assert search.main([str(small), "--out", str(out), *SMALL, "--epochs", "4", "--alpha-warm-up", "2"]) == 0
+    log = [json.loads(line) for line in Path(f"{out}.log.jsonl").read_text().splitlines()]
+    assert [bool(np.any(line["alpha"])) for line in log] == [False, False, True, True]

@@ -863,7 +863,7 @@ def train(args):
             # the losses sum over positions: a batch of short histories must not count as one of long ones
             (loss * count / mean_count).backward()
             if search and epoch <= args.alpha_warm_up:
-                # a convolution has to learn before it can beat a pool, which need not: all are drawn alike first
+                # a convolution must learn before it can beat a pool, which need not: all are drawn alike
                 alpha.grad = None
             optimizer.step()
             total += count * np.array([part.item() for part in (l_ce, l_emb, l_hid, l_pred, l_cost)])

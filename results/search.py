@@ -53,6 +53,7 @@ def search(folder, data, *options):
 def planted(args, folder):
     """Print what searches find on `lag` and `markov` scenes."""
     small = ["--gamma", 0, "--cells", 1, "--nodes", 1, "--dim", 32, "--max-length", 20, "--dropout", 0.1]
+    small += ["--alpha-warm-up", 0, "--epochs", 20]
     for lag in (0, 2, 4, 6):
         scene = ["--scene", "lag", "--lag", lag] if lag else ["--scene", "markov"]
         size = ["--users", 1000, "--items", 60, "--length", 20]

@@ -720,6 +720,13 @@ def drawn_of(drawn, offsets, batch, device):
     return pad_batch(drawn.astype(np.int64), offsets[batch], offsets[batch + 1]).to(device)
 
 
+def taught(learner, of_learner, other, of_other, items, tau):
+    """L_BD(learner; other) of users represented [B, e] by both, over drawn items [B, n], 0 for padding."""
+    real = items > 0
+    z_A, z_B = learner.logits(of_learner, items), other.logits(of_other, items)
+    return bd_loss(z_A[real], z_B[real], tau)
+
+
 def train(args):
     """Warm up, train both ways, write both model files and the log. Raises BadInput."""
     began = time.time()
@@ -780,12 +787,10 @@ def train(args):
             l_st = l_ts = torch.zeros((), device=args.device)
             if both and args.direction != "teacher-to-student":
                 items = drawn_of(drawn[0][(bd - 1) % args.period], offsets, batch, args.device)
-                z_T, z_S, real = teacher.logits(of_T, items), student.logits(of_S, items), items > 0
-                l_st = bd_loss(z_T[real], z_S[real], args.temperature) / count
+                l_st = taught(teacher, of_T, student, of_S, items, args.temperature) / count
             if both and args.direction != "student-to-teacher":
                 items = drawn_of(drawn[1][(bd - 1) % args.period], offsets, batch, args.device)
-                z_T, z_S, real = teacher.logits(of_T, items), student.logits(of_S, items), items > 0
-                l_ts = bd_loss(z_S[real], z_T[real], args.temperature) / count
+                l_ts = taught(student, of_S, teacher, of_T, items, args.temperature) / count
             # both losses are made before either model moves
             teacher.step(l_t + args.lambda_teacher * l_st, epoch)
             student.step(l_s + args.lambda_student * l_ts, epoch)

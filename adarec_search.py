@@ -178,8 +178,9 @@ class Operation(nn.Module):
         if self.name in TAPS:
             return self.convolution(F.pad(x, (TAPS[self.name][0], 0)))
         if self.name.endswith("pool"):  # x = ReLU(x_i) is nowhere below the padding
-            windows = F.pad(x, (POOL - 1, 0)).unfold(-1, POOL, 1)  # [B, d, T, POOL]
-            return windows.mean(-1) if self.name == "avg_pool" else windows.amax(-1)
+            padded = F.pad(x, (POOL - 1, 0))  # torch's own pools do not export for lengths of every kind
+            moved = [padded[..., k : k + x.shape[-1]] for k in range(POOL)]  # each [B, d, T]
+            return sum(moved) / POOL if self.name == "avg_pool" else functools.reduce(torch.maximum, moved)
         return x if self.name == "skip" else torch.zeros_like(x)
 
 
@@ -1077,7 +1078,7 @@ def number(kind, low, below=math.inf):
 
     def number(text):
         if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {below:g})")
         return kind(text)
 
     return number

@@ -953,7 +953,7 @@ def number(kind, low, below=math.inf):
 
     def number(text):
         if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {below:g})")
         return kind(text)
 
     return number

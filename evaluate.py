@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -469,6 +470,9 @@ def main(argv=None):
         else:
             reports = evaluate(args)
             print(json.dumps(reports, indent=2)) if args.json else print_table(reports, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BadInput as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
@@ -480,7 +484,7 @@ def number(kind, low, below=math.inf):
 
     def number(text):
         if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {below:g})")
         return kind(text)
 
     return number

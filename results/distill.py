@@ -41,7 +41,9 @@ def main(argv=None):
     parser.add_argument("data", help="interactions")
     parser.add_argument("--teacher", required=True, help="model file")
     parser.add_argument("--architecture", required=True, help="of the student")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each variant")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="runs of each variant (0 1 2 3 4)"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which ones")
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)  # what stands behind `--` is for the script
@@ -53,7 +55,7 @@ def main(argv=None):
         out = Path(folder) / "student.pt2"
         (report,) = json.loads(script("evaluate.py", data, teacher, "--json"))
         print(f"teacher: HR@10 {report['HR@10']:.4f}, NDCG@10 {report['NDCG@10']:.4f}", flush=True)
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for name in args.variants:
                 common = [
                     "--teacher",

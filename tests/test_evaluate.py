@@ -416,3 +416,12 @@ def test_as_a_command(data, write_model):
     command = [sys.executable, evaluate.__file__, data, write_model(Counting(9), 9, 4), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and len(json.loads(done.stdout)) == 1
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback(data, write_model):
+    command = [sys.executable, evaluate.__file__, data, write_model(Counting(9), 9, 4)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    process.stderr.close()

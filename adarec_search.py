@@ -160,6 +160,11 @@ def training_part(path, starts, train_end, evaluated, max_length, rng):
 # `edges[j-1][i]` names the operation from node i to node j; node 0 is the cell's input
 
 
+def earlier(x, places):
+    """x [..., T] as it was `back` places ago, 0 before its beginning, for each `back` in `places`."""
+    return [F.pad(x, (back, 0))[..., : x.shape[-1]] for back in places]
+
+
 class Operation(nn.Module):
     """One operation o(x) on x [B, d, T], causal: position t sees t and earlier alone.
 
@@ -175,12 +180,15 @@ class Operation(nn.Module):
             self.convolution = nn.Conv1d(dim, dim, len(TAPS[name]), dilation=self.dilation)
 
     def forward(self, x):
-        if self.name in TAPS:
+        if self.name in TAPS and (self.training or self.dilation == 1):
             return self.convolution(F.pad(x, (TAPS[self.name][0], 0)))
-        if self.name.endswith("pool"):  # x = ReLU(x_i) is nowhere below the padding
-            padded = F.pad(x, (POOL - 1, 0))  # torch's own pools do not export for lengths of every kind
-            moved = [padded[..., k : k + x.shape[-1]] for k in range(POOL)]  # each [B, d, T]
-            return sum(moved) / POOL if self.name == "avg_pool" else functools.reduce(torch.maximum, moved)
+        if self.name in TAPS:  # the same as one product of matrices: torch's own is slow for a single history
+            kernel = self.convolution.weight.transpose(1, 2).flatten(1)  # [d, k d]
+            return kernel @ torch.cat(earlier(x, TAPS[self.name]), 1) + self.convolution.bias[:, None]
+        if self.name == "avg_pool":  # torch's own pools do not export for histories of every length
+            return sum(earlier(x, range(POOL))) / POOL
+        if self.name == "max_pool":  # x = ReLU(x_i) is nowhere below the padding
+            return functools.reduce(torch.maximum, earlier(x, range(POOL)))
         return x if self.name == "skip" else torch.zeros_like(x)
 
 

@@ -800,9 +800,11 @@ def train(args):
         line |= dict(zip(parts, (totals / len(batches)).tolist(), strict=True))
         # a long warm-up is not judged every epoch: that would take longer than the epoch itself
         if bd > 0 or epoch == last or epoch % args.period == 0:
+            tick_of_validation = time.time()
             for kind, learner in learners.items():
                 line[f"{kind}_NDCG@10"] = data.validate(learner)
                 learner.judge(line[f"{kind}_NDCG@10"], epoch)
+            line["validation_seconds"] = time.time() - tick_of_validation
         line["seconds"] = time.time() - tick
         log.append(line)
         if "teacher_NDCG@10" in line:

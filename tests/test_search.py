@@ -58,10 +58,11 @@ def random_supernet(cells=2, nodes=3, dim=6, items=20, length=12):
 # ---- Causality ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_sees_what_its_name_says_and_never_the_future(name):
+def test_operation_sees_what_its_name_says_and_never_the_future(name, training):
     torch.manual_seed(0)
-    operation = search.Operation(name, 4)
+    operation = search.Operation(name, 4).train(training)
     back = {
         "conv3": {0, 1, 2},
         "conv5": {0, 1, 2, 3, 4},
@@ -81,6 +82,14 @@ def test_operation_sees_what_its_name_says_and_never_the_future(name):
     assert seen == back
     for length in (1, 2, 3):
         assert operation(torch.rand(2, 4, length)).shape == (2, 4, length)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 20])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_is_the_same_in_training_and_for_one_history(name, length):
+    torch.manual_seed(0)
+    operation, x = search.Operation(name, 4), torch.rand(1, 4, length)
+    torch.testing.assert_close(operation.eval()(x), operation.train()(x))
 
 
 @pytest.mark.parametrize("relaxation", ["gumbel", "softmax"])

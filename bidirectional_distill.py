@@ -40,7 +40,7 @@ SETTINGS = {
         "teacher_dim": 64,
         "student_dim": 16,
         "learning_rate": 1e-3,
-        "temperature": 2.0,
+        "temperature": 1.0,
         "epsilon_exp": 1e-3,
         "epsilon_tanh": 1e-2,
         "batch_size": 32,

@@ -438,6 +438,13 @@ def test_batches_hold_every_user_once_and_histories_are_training_items(small):
             assert not np.isin(row.numpy(), data.items[data.begin[k] : data.end[k]]).any()
 
 
+def test_a_negative_may_be_the_validation_or_the_test_item(write_data):
+    # the published code never draws them, and so learns which items to leave alone
+    data = data_of(write_data({7: [1, 2, 3, 4], 8: [4, 3, 2, 1]}))
+    drawn = data.negatives(np.array([0, 1]), 2, 50, np.random.default_rng(0))
+    assert set(drawn[0].flatten().tolist()) == {3, 4} and set(drawn[1].flatten().tolist()) == {1, 2}
+
+
 def test_switches_change_the_result(small, tmp_path, monkeypatch):
     monkeypatch.setattr(bd, "TOP", 5)  # of 25 items
     variants = [

@@ -162,7 +162,9 @@ def training_part(path, starts, train_end, evaluated, max_length, rng):
 
 def earlier(x, places):
     """x [..., T] as it was `back` places ago, 0 before its beginning, for each `back` in `places`."""
-    return [F.pad(x, (back, 0))[..., : x.shape[-1]] for back in places]
+    longest = max(places)
+    padded = F.pad(x, (longest, 0))
+    return [padded[..., longest - back : longest - back + x.shape[-1]] for back in places]
 
 
 class Operation(nn.Module):

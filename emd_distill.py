@@ -726,6 +726,13 @@ def train(args):
         learned += [*W_e.parameters(), *W_h.parameters()]
         w_S, w_T = np.full(student_layers, 1 / student_layers), np.full(layers, 1 / layers)
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    final = args.learning_rate if args.final_learning_rate is None else args.final_learning_rate
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer,
+        1.0,
+        final / args.learning_rate,
+        total_iters=args.epochs * math.ceil(len(users) / args.batch_size),
+    )
     print(
         f"{args.data}: {len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; "
         f"student of {sum(p.numel() for p in model.parameters()):,} parameters, started from "
@@ -773,6 +780,7 @@ def train(args):
             # the losses sum over positions: a batch of short histories must not count as one of long ones
             (loss * count / mean_count).backward()
             optimizer.step()
+            schedule.step()
             total += count * np.array([part.item() for part in (l_ce, l_emb, l_hid, l_pred)])
             positions += count
             if not math.isfinite(loss.item()):
@@ -902,6 +910,11 @@ def main(argv=None):
     )
     add("--dropout", type=number(float, 0, 1), default=0.2, help="share of units dropped in training")
     add("--learning-rate", type=number(float, 1e-12), default=5e-3, help="of AdamW")
+    add(
+        "--final-learning-rate",
+        type=number(float, 0),
+        help="rate after the last of --epochs, reached evenly; --learning-rate if not given",
+    )
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of AdamW")
     add("--batch-size", type=number(int, 1), default=32, help="users a step")
     add("--epochs", type=number(int, 1), default=30, help="passes over all users, at most")

@@ -252,15 +252,16 @@ def test_map_layers_of_each_kind():
 # ---- Training ----------------------------------------------------------------------------------------------
 
 
-def test_gamma_0_is_plain_training_bit_for_bit(small, write_gru, architecture, tmp_path):
+@pytest.mark.parametrize("final", [None, 1e-3])
+def test_gamma_0_is_plain_training_bit_for_bit(small, write_gru, architecture, tmp_path, final):
     common = [small, "--architecture", architecture, "--epochs", 3, "--gamma", 0, "--max-length", 8]
-    common += ["--batch-size", 8]
+    common += ["--batch-size", 8] + ([] if final is None else ["--final-learning-rate", final])
     run(*common, "--out", tmp_path / "plain.pt2")
     more = ["--teacher", write_gru(), "--mapping", "last", "--distance", "mse", "--hidden-weight", 3]
     run(*common, *more, "--out", tmp_path / "zero.pt2")
     plain, zero = weights_of(tmp_path / "plain.pt2"), weights_of(tmp_path / "zero.pt2")
     assert plain.keys() == zero.keys() and all(torch.equal(plain[k], zero[k]) for k in plain)
-    # and plain training is: AdamW on the cross-entropy over all items, of the same batches
+    # and plain training is: AdamW on the cross-entropy over all items, of the same batches; its rate may fall
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     _, starts, items = distill.read_interactions(small)
@@ -270,6 +271,7 @@ def test_gamma_0_is_plain_training_bit_for_bit(small, write_gru, architecture, t
     model = distill.Student(12, 8, 8, [distill.Cell(8, EDGES) for _ in range(3)], 0.2)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=5e-4)
     mean_count = (end - begin - 1).sum() / math.ceil(len(users) / 8)
+    rates = iter(np.linspace(5e-3, final or 5e-3, 3 * math.ceil(len(users) / 8) + 1))
     losses = []
     for _ in range(3):
         model.train()
@@ -283,6 +285,7 @@ def test_gamma_0_is_plain_training_bit_for_bit(small, write_gru, architecture, t
             )
             optimizer.zero_grad()
             (loss / mean_count).backward()
+            optimizer.param_groups[0]["lr"] = next(rates)
             optimizer.step()
             total += loss.item()
         losses.append(total / (end - begin - 1).sum())

@@ -943,6 +943,8 @@ def main(argv=None):
             )
         if args.student == "sasrec" and args.start:
             raise BadInput("--start is for students of an --architecture; leave it out")
+        if (args.final_learning_rate or 0) > args.learning_rate:
+            raise BadInput(f"--final-learning-rate is above --learning-rate {args.learning_rate:g}; lower it")
         if args.dim % args.heads:
             raise BadInput(f"--heads {args.heads} does not divide --dim {args.dim}; change one of them")
         train(args)

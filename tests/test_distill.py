@@ -500,6 +500,8 @@ def test_options_that_do_not_fit_are_told(small, write_gru, architecture, tmp_pa
     assert "--architecture is missing" in fails(argv, capsys)
     assert "--start is for" in fails([*argv, "--student", "sasrec", "--start", "x.pt2"], capsys)
     assert "does not divide" in fails([*argv, "--student", "sasrec", "--heads", 3], capsys)
+    rising = [*argv, "--student", "sasrec", "--final-learning-rate", 0.1]
+    assert "is above --learning-rate 0.005" in fails(rising, capsys)
     with pytest.raises(SystemExit) as end:
         distill.main([str(a) for a in [*argv, "--gamma", 2]])
     assert end.value.code == 2

@@ -4,22 +4,28 @@ Wonbin Kweon, SeongKu Kang and Hwanjo Yu, "Bidirectional Distillation for Top-K 
 arXiv 2106.02870.
 
 A large and a small model of one kind warm up alone, then each learns from the other on items drawn by how
-much their rankings disagree: L_T = L_CF(T) + lambda_T L_BD(T;S), and L_S = L_CF(S) + lambda_S L_BD(S;T).
+much their rankings disagree:
 
-Reads   interactions, `user item` a row (data/README.md).
-Writes  OUT-teacher.pt2 and OUT-student.pt2, two model files (README.md, "The model file"), each of the epoch
-        whose validation NDCG@10 was best; and OUT.log.jsonl, a line an epoch.
+    L_T = L_CF(T) + lambda_S->T L_BD(T;S)        L_S = L_CF(S) + lambda_T->S L_BD(S;T)
 
-    python bidirectional_distill.py data/ml-100k.txt --out runs/bd
+Reads   interactions, `user item` a row (data/README.md); two model files (README.md, "The model file"): any
+        two sequence models that were trained already, or with --base bpr or cdae two that this script wrote.
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch whose validation NDCG@10 was best; and
+        OUT.log.jsonl, a line an epoch.
+Shapes  B users (bpr: pairs of user and item), T positions, e features of an output, V items, item 0 padding;
+        k negatives, and drawn items of each direction, an observed item.
+
+    python bidirectional_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/bd
+    python bidirectional_distill.py data/ml-100k.txt --base bpr --out runs/bpr
 """
 
 import argparse
-import copy
 import hashlib
 import io
 import json
+import logging
 import math
-import os
+import re
 import sys
 import time
 import warnings
@@ -30,54 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MAX_ID = 10**8  # a table of vectors has a row for every id up to the largest
 TOP = 100  # of --sampling top: the other model's best items
-SCORES = 2**21  # users x items that are ranked at a time
-
-# settings of the published code (BPR, CDAE), ours (SASRec)
-SETTINGS = {
-    "sasrec": {
-        "teacher_dim": 64,
-        "student_dim": 16,
-        "learning_rate": 1e-3,
-        "temperature": 1.0,
-        "epsilon_exp": 1e-3,
-        "epsilon_tanh": 1e-2,
-        "batch_size": 32,
-        "samples": 1,
-        "warm_up": 30,
-        "epochs": 20,
-    },
-    "bpr": {
-        "teacher_dim": 50,
-        "student_dim": 5,
-        "learning_rate": 1e-3,
-        "temperature": 5.0,
-        "epsilon_exp": 1e-4,
-        "epsilon_tanh": 1e-2,
-        "batch_size": 16,
-        "samples": 1,
-        "warm_up": 1000,
-        "epochs": 100,
-    },
-    "cdae": {
-        "teacher_dim": 50,
-        "student_dim": 5,
-        "learning_rate": 2e-3,
-        "temperature": 2.0,
-        "epsilon_exp": 1e-4,
-        "epsilon_tanh": 1e-4,
-        "batch_size": 128,
-        "samples": 5,
-        "warm_up": 1000,
-        "epochs": 1000,
-    },
-}
-
-
-class BadInput(Exception):
-    """Something the user can mend: `main` prints it as one line and ends with status 2."""
-
+KINDS = "teacher", "student"
+DIRECTIONS = {"both": (1, 1), "student-to-teacher": (1, 0), "teacher-to-student": (0, 1), "none": (0, 0)}
 
 # ---- Rank-discrepancy-aware sampling (section 3.2) -------------------------------------------------------
 
@@ -86,30 +47,23 @@ def ranks(scores, observed):
     """Rank of each item among the unobserved ones of its row, 1 the best; 0 for an observed one.
 
     scores [B, V] float32, observed [B, V] bool -> int32 [B, V]. Of equal scores, the smaller id ranks first,
-    so that ties are broken alike in both models. It is a radix sort of the scores' bits, 16 by 16, in half
-    the time that a sort by comparison takes.
+    so that ties are broken alike in both models.
     """
-    bits = np.where(observed, np.float32(np.inf), 0 - scores.astype(np.float32)).view(np.uint32)
-    bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # so they order as the floats
-    rank, places = np.empty(scores.shape, np.int32), np.arange(1, scores.shape[1] + 1, dtype=np.int32)
-    for of_row, low, high in zip(rank, bits.astype(np.uint16), (bits >> 16).astype(np.uint16), strict=True):
-        order = np.argsort(low, kind="stable")
-        of_row[order[np.argsort(high[order], kind="stable")]] = places
-    rank[observed] = 0
-    return rank
-
-
-def rank_discrepancy(rank_A, rank_B):
-    """rank_A(i) - rank_B(i): by how many ranks B is ahead of A."""
-    return rank_A - rank_B
+    bits = np.where(observed, np.float32(np.inf), 0 - scores).view(np.int32).astype(np.int64)
+    # as whole numbers in the floats' order, each with its column below: three times as fast as a stable sort
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)) << 32 | np.arange(scores.shape[1])
+    keys.sort(1)
+    rank = np.zeros(scores.shape, np.int32)
+    np.put_along_axis(rank, keys & 0xFFFFFFFF, np.arange(1, scores.shape[1] + 1, dtype=np.int32)[None], 1)
+    return np.where(observed, 0, rank)
 
 
 def p_student_to_teacher(rank_T, rank_S, epsilon):
     """p_{S->T}(i|u), not normalised: exp((rank_T(i) - rank_S(i)) epsilon_e). Items the teacher shall learn.
 
-    Mostly where the student is far ahead, but every unobserved item has its chance.
+    Mostly where the student is far ahead, but every unobserved item has its chance. Ranks and p [B, V].
     """
-    exponent = rank_discrepancy(rank_T, rank_S).astype(np.float32) * np.float32(epsilon)
+    exponent = (rank_T - rank_S).astype(np.float32) * np.float32(epsilon)
     return np.exp(exponent - exponent.max(-1, keepdims=True, initial=-np.inf)) * (rank_T > 0)
 
 
@@ -118,40 +72,39 @@ def p_teacher_to_student(rank_T, rank_S, epsilon):
 
     Items the student shall learn: wherever the teacher is ahead, and alike where it is far ahead.
     """
-    ahead = np.maximum(rank_discrepancy(rank_S, rank_T).astype(np.float32) * np.float32(epsilon), 0)
+    ahead = np.maximum((rank_S - rank_T).astype(np.float32) * np.float32(epsilon), 0)
     return np.tanh(ahead) * (rank_T > 0)
 
 
-def weights_of(rank_T, rank_S, args):
+def probabilities(rank_T, rank_S, args):
     """What the items for the teacher and for the student are drawn in proportion to: two of [B, V].
 
     --sampling uniform takes all unobserved items alike, top the other model's TOP best ones. --sign published
     turns the discrepancies round: the published code numbers items in ascending order of score.
     """
     if args.sampling == "uniform":
-        alike = (rank_T > 0).astype(np.float32)
-        return alike, alike
+        return (rank_T > 0).astype(np.float32), (rank_T > 0).astype(np.float32)
     if args.sampling == "top":
         return tuple(((rank > 0) & (rank <= TOP)).astype(np.float32) for rank in (rank_S, rank_T))
     if args.sign == "published":
         rank_T, rank_S = rank_S, rank_T
-    return p_student_to_teacher(rank_T, rank_S, args.epsilon_exp), p_teacher_to_student(
-        rank_T, rank_S, args.epsilon_tanh
-    )
+    for_student = p_teacher_to_student(rank_T, rank_S, args.epsilon_tanh)
+    return p_student_to_teacher(rank_T, rank_S, args.epsilon_exp), for_student
 
 
-def draw(weights, count, rng):
-    """`count` items with replacement, item i (from 1) with probability weights[i - 1] / sum: int32 [count].
+def draw(p, size, rng):
+    """Items with replacement, item i (from 1) with probability p[i - 1] / sum: int32 of shape `size`.
 
-    All 0, which is padding, where no item has any weight.
+    All 0, which is padding, where no item has any probability. p [V].
     """
-    cumulated = np.cumsum(weights, dtype=np.float64)
+    cumulated = np.cumsum(p, dtype=np.float64)
     if cumulated[-1] <= 0:
-        return np.zeros(count, np.int32)
-    return 1 + np.searchsorted(cumulated, rng.random(count) * cumulated[-1], side="right").astype(np.int32)
+        return np.zeros(size, np.int32)
+    return 1 + np.searchsorted(cumulated, rng.random(size) * cumulated[-1], side="right").astype(np.int32)
 
 
-# ---- L_BD (section 3.1) ----------------------------------------------------------------------------------
+# ---- L_BD (section 3.1), L_CF and L ----------------------------------------------------------------------
+# sums over the observed items of a batch; negatives [B, T, k] stand beside `items` [B, T]
 
 
 def bd_loss(z_A, z_B, tau):
@@ -159,15 +112,56 @@ def bd_loss(z_A, z_B, tau):
     return F.binary_cross_entropy_with_logits(z_A, (z_B.detach() / tau).sigmoid(), reduction="sum")
 
 
-# ---- Base models -----------------------------------------------------------------------------------------
-# `learn` gives L_CF, the sum over the observed items of a batch and how many these are, and `represent`s the
-# users: z_ui is their product with the item vectors. `forward` is the contract of a model file
+def logits(states, item_vectors, items):
+    """z = states . item_vectors: states [..., e], items [..., n] -> [..., n]."""
+    return torch.einsum("...e,...ne->...n", states, F.embedding(items, item_vectors))
+
+
+def last_state(output, items):
+    """The output [B, e] after the last item of each history."""
+    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+
+
+def pairwise(output, item_vectors, items, negatives):
+    """L_CF of BPR (Rendle et al., UAI 2009): -sum log sigma(z_ui - z_uj); and the number of pairs."""
+    real = items > 0
+    z_i = logits(output[real], item_vectors, items[real][:, None])  # [N, 1]
+    return -F.logsigmoid(z_i - logits(output[real], item_vectors, negatives[real])).sum()
+
+
+def pointwise(states, item_vectors, items, negatives):
+    """-sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]; states [B, T, e] are what scores `items`."""
+    real = items > 0
+    z_i = logits(states[real], item_vectors, items[real][:, None])  # [N, 1]
+    return -F.logsigmoid(z_i).sum() - F.logsigmoid(-logits(states[real], item_vectors, negatives[real])).sum()
+
+
+def of_user(output, item_vectors, items, negatives):
+    """L_CF of CDAE: point-wise, all observed items of a user scored by what the whole history gives."""
+    states = last_state(output, items)[:, None].expand(*items.shape, -1)
+    return pointwise(states, item_vectors, items, negatives)
+
+
+def next_item(output, item_vectors, items, negatives):
+    """L_CF of a sequence model: point-wise, an item scored by what the items before it give."""
+    return pointwise(output[:, :-1], item_vectors, items[:, 1:], negatives[:, 1:])
+
+
+L_CF = {"bpr": pairwise, "cdae": of_user, "sequence": next_item}
+
+
+def L(l_cf, weight, l_bd):
+    """L_T = L_CF(T) + lambda_S->T L_BD(T;S), and L_S = L_CF(S) + lambda_T->S L_BD(S;T)."""
+    return l_cf + weight * l_bd
+
+
+# ---- The paper's bases; `forward` is the contract of a model file ----------------------------------------
 
 
 class BPR(nn.Module):
-    """Matrix factorisation with the pairwise loss of Rendle et al., UAI 2009: z_ui = p_u . q_i."""
+    """Matrix factorisation: z_ui = p_u . q_i."""
 
-    def __init__(self, user_count, item_count, dim, max_length):
+    def __init__(self, user_count, item_count, dim):
         super().__init__()
         self.p = nn.Embedding(user_count + 1, dim)
         self.q = nn.Embedding(item_count + 1, dim, padding_idx=0)
@@ -175,22 +169,6 @@ class BPR(nn.Module):
         nn.init.normal_(self.q.weight, std=0.01)
         with torch.no_grad():
             self.q.weight[0] = 0
-
-    def item_vectors(self):
-        """[V+1, d]."""
-        return self.q.weight
-
-    def represent(self, users, items):
-        """users [B], items [B, T] -> [B, d]."""
-        return self.p(users)
-
-    def learn(self, users, items, negatives):
-        """L_CF = -sum log sigma(z_ui - z_uj), number of i; representation. negatives [B, T, k]."""
-        represented = self.p(users)
-        z_i = torch.einsum("bd,btd->bt", represented, self.q(items))
-        z_j = torch.einsum("bd,btkd->btk", represented, self.q(negatives))
-        real = items > 0
-        return -F.logsigmoid(z_i[..., None] - z_j)[real].sum(), real.sum(), represented
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [1, B, T, d], output [B, T, d], item_vectors [V+1, d]."""
@@ -202,210 +180,225 @@ class CDAE(nn.Module):
     """Collaborative denoising autoencoder, Wu et al., WSDM 2016.
 
     z_ui = w'_i . sigma(W^T y_u + v_u + b) + b'_i; y_u is the history as a vector of zeros and ones, half of
-    which are dropped in training.
+    which are dropped in training, and the others count doubly.
     """
 
-    def __init__(self, user_count, item_count, dim, max_length):
+    def __init__(self, user_count, item_count, dim):
         super().__init__()
         self.W = nn.Embedding(item_count + 1, dim, padding_idx=0)
         self.v = nn.Embedding(user_count + 1, dim)
         self.b = nn.Parameter(torch.zeros(dim))
         self.w_and_b = nn.Parameter(torch.empty(item_count + 1, dim + 1))  # w'_i, and b'_i as the last column
-        bound = 1 / math.sqrt(dim)
         nn.init.uniform_(self.W.weight, -1 / math.sqrt(item_count), 1 / math.sqrt(item_count))
-        nn.init.uniform_(self.w_and_b, -bound, bound)
+        nn.init.uniform_(self.w_and_b, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
         with torch.no_grad():
             self.W.weight[0] = 0
 
-    def item_vectors(self):
-        """[V+1, d+1]."""
-        return self.w_and_b
-
-    def hidden(self, users, embedded):
-        """sigma(W^T y + v_u + b) and a column of ones; embedded [B, ..., d] is W^T y."""
-        v = self.v(users)[:, None] if embedded.ndim == 3 else self.v(users)
-        h = (embedded + v + self.b).sigmoid()
-        return torch.cat([h, torch.ones_like(h[..., :1])], -1)
-
-    def represent(self, users, items):
-        """users [B], items [B, T], none twice -> [B, d+1]; in training, half of the items count, doubly."""
-        kept = F.dropout(torch.ones_like(items, dtype=torch.float32), 0.5, self.training)
-        return self.hidden(users, (self.W(items) * kept[..., None]).sum(1))
-
-    def learn(self, users, items, negatives):
-        """L_CF = sum of BCE over observed items and negatives [B, T, k]; number of the observed; h_u."""
-        represented = self.represent(users, items)
-        z_i = torch.einsum("bd,btd->bt", represented, self.w_and_b[items])
-        z_j = torch.einsum("bd,btkd->btk", represented, self.w_and_b[negatives])
-        real = items > 0
-        return -F.logsigmoid(z_i)[real].sum() - F.logsigmoid(-z_j)[real].sum(), real.sum(), represented
-
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [2, B, T, d], output [B, T, d+1], item_vectors [V+1, d+1]."""
-        ordered, order = items.sort(dim=1, stable=True)
-        again = (ordered == ordered.roll(1, 1)) & (torch.arange(items.shape[1], device=items.device) > 0)
-        again = again.scatter(1, order, again)  # y_u is 1 for an item that comes twice
-        embedded = self.W(items) * ~again[..., None]
-        output = self.hidden(users, embedded.cumsum(1))
-        return torch.stack([embedded, output[..., :-1]]), output, self.w_and_b
+        again = (items[:, :, None] == items[:, None]).tril(-1).any(2)  # y_u is 1 for an item that comes twice
+        kept = F.dropout(1.0 - again.float(), 0.5, self.training)
+        embedded = self.W(items) * kept[..., None]
+        h = (embedded.cumsum(1) + self.v(users)[:, None] + self.b).sigmoid()
+        return torch.stack([embedded, h]), torch.cat([h, torch.ones_like(h[..., :1])], -1), self.w_and_b
 
 
-class Block(nn.Module):
-    """x <- x + Dropout(g(LayerNorm(x))); g is causal self-attention, then the feed-forward network.
+BASES = {"bpr": BPR, "cdae": CDAE}
 
-    With `scaled`, x + epsilon * Dropout(g(LayerNorm(x))), epsilon learned from 0: a deep stack starts as the
-    identity and so can be trained (AdaRec's teacher).
+# ---- Training --------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """A program that is trained: its two modules, optimizer, best epoch, and random numbers for negatives."""
+
+    def __init__(self, program, args, seed):
+        # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
+        self.program, self.rng = program, np.random.default_rng(seed)
+        self.model = with_dropout(program.module(), True).to(args.device)
+        self.judge = with_dropout(program.module(), False).to(args.device)
+        self.restart(args)
+
+    def restart(self, args):
+        """A new optimizer and no best epoch yet, as bidirectional training begins."""
+        self.best, rate = None, args.learning_rate
+        self.adam = torch.optim.Adam(
+            self.model.parameters(), rate, weight_decay=args.weight_decay, fused=True
+        )
+
+    def step(self, loss):
+        """Follow the gradient of `loss`."""
+        if not loss.isfinite():
+            sys.exit(f"the loss became {loss.item()}; lower --learning-rate")
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+
+
+@torch.no_grad()
+def renew(teacher, student, data, users, begin, end, args, epochs, rng):
+    """Rank all items by both models, and draw the items of the coming `epochs`, a slice of users at a time.
+
+    `data` is what `read_interactions` gives; both learners see items[begin:end] of `users` [N]. Returns the
+    items drawn for each, int32 [2, epochs, n k], those beside items[t] at [t k, (t + 1) k); and, as the paper
+    does, the share of users whose validation item the student ranks better than the teacher.
     """
-
-    def __init__(self, dim, heads, dropout, scaled):
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.query_key_value, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.W_1, self.W_2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-        self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None
-
-    def attention(self, x):
-        """softmax(Q K^T / sqrt(d/heads)) V, position t seeing positions up to t alone (section III-B)."""
-        per_head = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, h, d/h]
-        q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, h, T, d/h]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.projection(attended.transpose(1, 2).flatten(2))  # [B, T, d]
-
-    def feed_forward(self, x):
-        """ReLU(x W_1 + b_1) W_2 + b_2 (section III-B)."""
-        return self.W_2(F.relu(self.W_1(x)))
-
-    def forward(self, x):
-        update = self.dropout(self.attention(self.norm_1(x)))
-        x = x + (update if self.epsilon is None else self.epsilon[0] * update)
-        update = self.dropout(self.feed_forward(self.norm_2(x)))
-        return x + (update if self.epsilon is None else self.epsilon[1] * update)
+    user_ids, starts, items = data
+    (_, evaluated), item_count, k, better = leave_one_out(starts), items.max(), args.samples, []
+    drawn = np.zeros((2, epochs, len(items) * k), np.int32)
+    rows = max(1, min(256, 2**21 // item_count))
+    for batch in (slice(i, i + rows) for i in range(0, len(users), rows)):
+        history = pad_batch(items, starts[users[batch]], end[batch]).numpy()
+        observed = np.zeros((len(history), item_count + 1), bool)
+        np.put_along_axis(observed, history, True, 1)
+        ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
+        window, both = pad_batch(items, begin[batch], end[batch]).to(args.device), []
+        for learner in (teacher, student):
+            _, output, item_vectors = learner.judge(ids, window)
+            scores = (last_state(output, window) @ item_vectors[1:].T).cpu().numpy()
+            both.append(ranks(scores, observed[:, 1:]))
+        for row, p in enumerate(zip(*probabilities(*both, args), strict=True)):
+            b, e = begin[batch][row], end[batch][row]
+            for side in (0, 1):
+                drawn[side, :, b * k : e * k] = draw(p[side], (epochs, (e - b) * k), rng)
+            rank_T, rank_S = (rank[row, items[e] - 1] if evaluated[users[batch][row]] else 0 for rank in both)
+            better += [rank_S < rank_T] if rank_T else []
+    return drawn, float(np.mean(better)) if better else 0.0
 
 
-class SASRec(nn.Module):
-    """Self-attentive sequential recommender; `forward` is the contract of a model file.
+def train(args):
+    """Warm up, train both ways, write both model files and the log."""
+    began = shown = time.time()
+    torch.manual_seed(args.seed)
+    data = user_ids, starts, items = read_interactions(args.data)
+    k, last_ids, max_length = (
+        args.samples,
+        (int(user_ids.max()), int(items.max())),
+        int(np.diff(starts).max()),
+    )
+    programs = []
+    for kind, dim in zip(KINDS, args.dims, strict=True):
+        if args.teacher:
+            program, config = load_model(vars(args)[kind], *last_ids, args.data)
+            max_length = min(max_length, config["max_length"])
+        else:
+            program = export(BASES[args.base](*last_ids, dim), max_length)
+        programs.append(program)
+    both = [Learner(program, args, [args.seed, side]) for side, program in enumerate(programs)]
+    rng, drawing = np.random.default_rng([args.seed, 2]), np.random.default_rng([args.seed, 3])
+    users, begin, end, judged = training_part(args.data, starts, max_length - 1, rng)
+    seen = seen_in_training(user_ids, starts, items)
+    rows = users, begin, end  # what a batch is of: histories, or with bpr pairs, each a history of one item
+    if args.base == "bpr":
+        pairs = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
+        rows = np.repeat(users, end - begin), pairs, pairs + 1
+    observed = (rows[2] - rows[1] - (args.base == "sequence")).sum()
+    sizes = " and ".join(f"{sum(p.numel() for p in learner.model.parameters()):,}" for learner in both)
+    print(
+        f"{args.data}: {len(user_ids):,} users, {last_ids[1]:,} items; {sizes} parameters, on {args.device}"
+    )
+    log, drawn, last = [], None, args.warm_up + args.epochs
+    weights = np.multiply(DIRECTIONS[args.direction], (args.lambda_teacher, args.lambda_student))
+    for epoch in range(1, last + 1):
+        tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
+        if bd == 0:
+            for learner in both:
+                learner.restart(args)
+        if bd >= 0 and weights.any() and bd % args.period == 0:
+            coming = min(args.period, args.epochs - bd)
+            drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
+            line["renewal_seconds"] = time.time() - tick
+        total, batches = np.zeros(4), batches_of_like_length(rows[2] - rows[1], args.batch_size, rng)
+        for step, batch in enumerate(batches, 1):
+            owner, b, e = (column[batch] for column in rows)
+            ids = torch.from_numpy(user_ids[owner]).to(args.device)
+            history, made, losses = pad_batch(items, b, e).to(args.device), [], []
+            for learner in both:
+                asked = np.broadcast_to(owner[:, None, None], (*history.shape, k))
+                negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], learner.rng))
+                _, output, item_vectors = learner.model(ids, history)
+                l_cf = L_CF[args.base](output, item_vectors, history, negatives.to(args.device))
+                made.append((l_cf, last_state(output, history), item_vectors))
+            for side, weight in enumerate(weights):
+                l_cf, l_bd = made[side][0], torch.zeros(())
+                if drawn is not None and weight:
+                    taught = pad_batch(drawn[side, bd % args.period], b * k, e * k).long().to(args.device)
+                    z_A, z_B = (logits(*made[s][1:], taught)[taught > 0] for s in (side, 1 - side))
+                    l_bd = bd_loss(z_A, z_B, args.temperature)
+                # sums, by the mean number of observed items: each counts alike, whatever its batch
+                losses.append(L(l_cf, weight, l_bd) * len(batches) / observed)
+                total[2 * side : 2 * side + 2] += l_cf.item(), l_bd.item()
+            for learner, loss in zip(both, losses, strict=True):  # none moves before both losses are made
+                learner.step(loss)
+            if time.time() - shown > 10:
+                shown = time.time()
+                print(f"epoch {epoch}, {step / len(batches):.0%}", flush=True)
+        line |= dict(zip(("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), total / observed, strict=True))
+        line["seconds"] = time.time() - tick
+        log.append(line)
+        # a long warm-up is not judged every epoch: that would take longer than the epoch itself
+        if bd < 0 and epoch % args.period and epoch < last:
+            continue
+        for kind, learner in zip(KINDS, both, strict=True):
+            about = user_ids, starts, items, judged, max_length, args.device
+            line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
+            if learner.best is None or ndcg > learner.best["NDCG@10"]:
+                learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
+                contract = {"items": last_ids[1], "max_length": max_length, "role": kind}
+                out = f"{args.out}-{kind}.pt2"
+                save_model(args, out, learner.program, learner.model, learner.best, **contract)
+        report(args.out, log, last - epoch, began)
 
-    Item 0 is padding. Histories are padded on the right: a causal model needs no mask for what comes later.
+
+# ---- Loaded programs -------------------------------------------------------------------------------------
+
+
+def with_dropout(module, on, share=None):
+    """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
+
+    Dropout stands in its graph as dropout(x, share, on). BatchNorm, and dropout inside a GRU, stay as they
+    were exported. Ends when a `share` is given and there is no dropout to have it.
     """
-
-    def __init__(self, item_count, max_length, dim, blocks, heads, dropout, scaled=False):
-        super().__init__()
-        self.M = nn.Embedding(item_count + 1, dim, padding_idx=0)  # items, and scores by the same vectors
-        self.P = nn.Parameter(torch.empty(max_length, dim))  # positions
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout, scaled) for _ in range(blocks))
-        self.norm = nn.LayerNorm(dim)
-        for weight in self.parameters():
-            if weight.ndim == 2:
-                nn.init.normal_(weight, std=0.02)  # small: at first, what comes in passes on nearly unchanged
-        with torch.no_grad():
-            self.M.weight[0] = 0
-
-    def encode(self, items):
-        """items [B, T] -> states of embedding layer and blocks, a list of [B, T, d]; output [B, T, d]."""
-        # E_t = sqrt(d) M[s_t] + P_t
-        x = math.sqrt(self.M.embedding_dim) * self.M(items) + self.P[: items.shape[1]]
-        hidden = [self.dropout(x)]
-        for block in self.blocks:
-            hidden.append(block(hidden[-1]))
-        return hidden, self.norm(hidden[-1])
-
-    def forward(self, users, items):
-        """users [B], items [B, T] -> hidden [L+1, B, T, d], output [B, T, d], item_vectors [V+1, d]."""
-        hidden, output = self.encode(items)
-        return torch.stack(hidden), output, self.M.weight
-
-
-class Sequential(SASRec):
-    """SASRec as a base model: z_ui is the score after the user's last item, L_CF its binary cross-entropy."""
-
-    def __init__(self, user_count, item_count, dim, max_length):
-        super().__init__(item_count, max_length, dim, 2, 1, 0.2)
-
-    def item_vectors(self):
-        """[V+1, d]."""
-        return self.M.weight
-
-    def last(self, items, output):
-        """The output [B, d] after each history's last item, of output [B, T, d]."""
-        return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
-
-    def represent(self, users, items):
-        """users [B], items [B, T] -> [B, d]."""
-        return self.last(items, self.encode(items)[1])
-
-    def learn(self, users, items, negatives):
-        """L_CF = -sum [log sigma(r_target) + sum_j log(1 - sigma(r_j))]; number of targets; last output."""
-        _, output = self.encode(items)
-        real = items[:, 1:] > 0
-        target, negatives = items[:, 1:][real], negatives[:, 1:][real]  # [N], [N, k]
-        r_target = (output[:, :-1][real] * self.M(target)).sum(-1)
-        r_j = torch.einsum("nd,nkd->nk", output[:, :-1][real], self.M(negatives))
-        loss = -F.logsigmoid(r_target).sum() - F.logsigmoid(-r_j).sum()
-        return loss, real.sum(), self.last(items, output)
-
-
-BASES = {"sasrec": Sequential, "bpr": BPR, "cdae": CDAE}
+    nodes = [node for node in module.graph.nodes if node.target is torch.ops.aten.dropout.default]
+    if share is not None and not nodes:
+        sys.exit("the student was exported without dropout; leave --dropout out")
+    for node in nodes:
+        node.args = node.args[0], node.args[1] if share is None else share, on
+    module.recompile()
+    return module
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
+
+JUDGES = 10_000  # users that validation draws from a large log: enough to choose an epoch
 
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
     Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Raises BadInput naming file and line.
+    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
     """
     try:
-        if str(path).endswith(".npy"):
-            table = np.load(path, mmap_mode="r")
-        else:
-            with open(path, "rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of an empty file, which is told below
-                table = np.loadtxt(file, dtype=np.int64, comments=None, ndmin=2)
-    except OSError as error:
-        why = error.strerror or error
-        raise BadInput(f"cannot read {path}: {why}; make it with data/prepare.py") from None
-    except (ValueError, OverflowError, EOFError):
-        table = np.zeros((1, 1))
-    if table.size == 0:
-        raise BadInput(f"{path} is empty; put `user item` on each line")
-    good = table.ndim == 2 and table.shape[1] == 2 and table.dtype.kind in "iu"
-    if not good or table.min() < 1 or table.max() > MAX_ID:
-        raise BadInput(first_bad_row(path))
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty file, which is told below
+            array = str(path).endswith(".npy")
+            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+        if (
+            table.dtype.kind not in "iu"
+            or table.shape[1:] != (2,)
+            or not 0 < table.min() <= table.max() < 10**8
+        ):
+            raise ValueError
+    except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
+        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
+        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
+        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
     users = np.asarray(table[:, 0])
     first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        raise BadInput(first_bad_row(path))
-    return users[first].astype(np.int64), np.append(first, len(users)), table[:, 1].astype(np.int64)
-
-
-def first_bad_row(path):
-    """What is wrong with the first bad row of `path`, read slowly, as a sentence that names the row."""
-    if str(path).endswith(".npy"):
-        return f"{path} is no integer array [n, 2], ids from 1, a user's rows together; see data/README.md"
-    done, user = set(), None
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.split()
-            if fields and not (
-                len(fields) == 2 and all(f.isdecimal() and 0 < int(f) <= MAX_ID for f in fields)
-            ):
-                return (
-                    f"{path}, line {number}: {line.strip()[:40]!r} is not `user item`, two integers from 1; "
-                    "mend the line, or make ids with data/prepare.py convert"
-                )
-            if fields and fields[0] != user:
-                if fields[0] in done:
-                    return (
-                        f"{path}, line {number}: user {fields[0]} again; put a user's rows together, by time"
-                    )
-                user = fields[0]
-                done.add(user)
-    return f"{path} is no table of two integers, `user item`"
+        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
+    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
 
 
 def leave_one_out(starts):
@@ -419,12 +412,34 @@ def leave_one_out(starts):
     return starts[1:] - 2 * evaluated, evaluated
 
 
-def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    steps = np.arange(max(1, (end - begin).max()))
-    rows = begin[:, None] + steps  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+def training_part(path, starts, max_length, rng):
+    """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
+    items[begin:end]; and `judged`, the users that validation ranks, drawn where there are many.
+    """
+    train_end, evaluated = leave_one_out(starts)
+    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
+    judged = np.flatnonzero(evaluated)
+    if len(users) == 0 or len(judged) == 0:
+        sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
+    if len(judged) > JUDGES:
+        judged = np.sort(rng.choice(judged, JUDGES, replace=False))
+    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
+
+
+def seen_in_training(user_ids, starts, items):
+    """The training interactions as sorted numbers user * (V + 1) + item, each once; users are indices.
+
+    Ends when a user has seen every item, so that there is none to draw.
+    """
+    owner, base = np.repeat(np.arange(len(user_ids)), np.diff(starts)), items.max() + 1
+    training = np.arange(len(items)) < leave_one_out(starts)[0][owner]
+    seen = np.unique((owner * base + items)[training])
+    full = np.bincount(seen // base) == base - 1
+    if full.any():
+        sys.exit(
+            f"user {user_ids[full.argmax()]} has seen every item: there is none to draw; leave that user out"
+        )
+    return seen
 
 
 def draw_negatives(users, seen, item_count, rng):
@@ -441,7 +456,28 @@ def draw_negatives(users, seen, item_count, rng):
     return drawn.reshape(users.shape)
 
 
-# ---- Validation ------------------------------------------------------------------------------------------
+def pad_batch(items, begin, end):
+    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = rows < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+
+
+def batches_of_like_length(length, batch_size, rng):
+    """Shuffled batches of indices whose histories are about equally long, so that little padding is computed.
+
+    `length` [U]. Within each 64 shuffled batches (a quarter of all, where that is less: batches should differ
+    from epoch to epoch) the histories are sorted by length; then the batches are shuffled.
+    """
+    order = rng.permutation(len(length))
+    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
+    chunks = [order[k : k + window] for k in range(0, len(order), window)]
+    order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    return [batches[k] for k in rng.permutation(len(batches))]
+
+
+# ---- Validation and files --------------------------------------------------------------------------------
 
 
 def rank_of_target(scores, target, seen):
@@ -449,122 +485,35 @@ def rank_of_target(scores, target, seen):
 
     scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
     target: a model that scores all items alike gets what chance gets. The target itself always takes part.
-    Raises BadInput when its score is not finite, for nothing would rank above a NaN.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
-    if not own.isfinite().all():
-        raise BadInput("the model's scores are not finite; train it again with a lower --learning-rate")
-    scores.scatter_(1, seen, -math.inf)
-    scores[:, 0] = -math.inf
+    if not own.isfinite().all():  # nothing ranks above a NaN
+        sys.exit("the model's scores are not finite; train it again with a lower --learning-rate")
+    scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
     scores.scatter_(1, target[:, None], own)
     better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
     return 1 + better.double() + (equal.double() - 1) / 2
 
 
-def score_all(model, user_ids, items, begin, end, device):
-    """Scores [B, V+1] of all items for users of histories items[begin:end]; column 0 is padding's."""
-    users = torch.from_numpy(user_ids).to(device)
-    return model.represent(users, pad_batch(items, begin, end).to(device)) @ model.item_vectors().T
-
-
 @torch.no_grad()
-def validation_ndcg(model, user_ids, items, begin, window, end, device):
-    """NDCG@10 of the items at items[end], ranked among all that are not in items[begin:end].
+def validate(model, user_ids, starts, items, judged, max_length, device):
+    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
 
-    The model sees items[window:end], its last max_length ones.
+    `model` is a program or a module in evaluation mode that sees the last `max_length` training items.
     """
-    model.eval()
-    total, size = 0.0, max(1, min(256, 2**22 // len(model.item_vectors())))
-    for k in range(0, len(end), size):
-        part = slice(k, k + size)
-        scores = score_all(model, user_ids[part], items, window[part], end[part], device)
-        target = torch.from_numpy(items[end[part]]).to(device)
-        rank = rank_of_target(scores, target, pad_batch(items, begin[part], end[part]).to(device))
-        total += ((rank <= 10) / torch.log2(rank + 1)).sum().item()
-    return total / len(end)
-
-
-# ---- Files -----------------------------------------------------------------------------------------------
-
-
-def write_atomically(path, write):
-    """Make `path` by `write(temporary path)` and a rename: an interrupted run leaves no half file.
-
-    Parents are created. Raises BadInput when the place cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
-
-
-def check_writable(path):
-    """Raise BadInput now, rather than after training, if `path` cannot be written."""
-    probe = Path(f"{path}.probe")
-    write_atomically(probe, Path.touch)
-    probe.unlink()
-    if Path(path).is_dir():
-        raise BadInput(f"cannot write {path}: it is a directory; choose another --out")
-
-
-def load_model(path, user_count, item_count, device):
-    """The program in model file `path`, as a function of `users` [B] and `items` [B, T], and its config.
-
-    Raises BadInput when the file is no model, or not one for ids up to `user_count` and `item_count`.
-    """
-    extra = {"config.json": ""}
-    try:
-        with open(path, "rb") as file:
-            program = torch.export.load(file, extra_files=extra).module().to(device)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:  # whatever unpickling meets in a file of another kind
-        raise BadInput(
-            f"{path} is no model file as torch.export saves it; make one with a training script"
-        ) from None
-    try:
-        config = json.loads(extra["config.json"])
-        items, max_length = int(config["items"]), int(config["max_length"])
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(
-            f"{path} has no config.json with `items` and `max_length`; export it with both"
-        ) from None
-    if items != item_count:
-        raise BadInput(
-            f"{path} was made for {items:,} items, the data have {item_count:,}; give it its own data"
-        )
-    last_ids = torch.tensor([[user_count, item_count]], device=device)
-    try:
-        with torch.no_grad():
-            _, output, item_vectors = program(last_ids[:, 0], last_ids[:, 1:])
-    except (IndexError, RuntimeError):
-        raise BadInput(f"{path} does not take user {user_count}; give it the data it was made from") from None
-    if output.shape[:2] != (1, 1) or item_vectors.shape != (items + 1, output.shape[-1]):
-        raise BadInput(
-            f"{path}: output {list(output.shape)} and item vectors {list(item_vectors.shape)} do not fit"
-        )
-    if not item_vectors.isfinite().all():
-        raise BadInput(f"{path}: item vectors are not finite; train it again with a lower learning rate")
-    return program, config | {"max_length": max_length}
-
-
-def export_model(model, max_length, config):
-    """The bytes of a model file: the program with dynamic batch and length, and `config` as config.json."""
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
-    example = torch.ones(2, dtype=torch.int64), torch.ones(2, max(2, max_length), dtype=torch.int64)
-    program = torch.export.export(
-        copy.deepcopy(model).cpu().eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length})
-    )
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-    return buffer.getvalue()
+    ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
+    slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
+    for chosen in np.array_split(np.argsort(end - begin), slices):
+        b, e = begin[chosen], end[chosen]
+        window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
+        _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
+        last = (window > 0).sum(1) - 1
+        scores = output[torch.arange(len(e), device=device), last] @ item_vectors.T  # [B, V+1]
+        target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
+        ranks.append(rank_of_target(scores, target, seen).cpu())
+    rank = torch.cat(ranks)
+    hit = (rank <= 10).double()
+    return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
 
 
 def sha256_of(path):
@@ -572,394 +521,125 @@ def sha256_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ---- Training --------------------------------------------------------------------------------------------
+def write(path, content):
+    """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-class Learner:
-    """A model with its optimizer and random numbers of its own: alone or with another, it draws the same."""
+def export(model, max_length):
+    """The program of `model` in evaluation mode, for any number of users and up to `max_length` items.
 
-    def __init__(self, model, args, seed):
-        self.model, self.k = model, args.samples
-        self.rng = np.random.default_rng(seed)
-        self.torch_state = torch.Generator().manual_seed(int(self.rng.integers(2**31))).get_state()
-        self.restart(args)
-
-    def restart(self, args):
-        """A new optimizer and no best epoch yet, as bidirectional training begins."""
-        self.best = self.best_weights = None
-        parameters, rate = self.model.parameters(), args.learning_rate
-        self.optimizer = torch.optim.Adam(parameters, rate, weight_decay=args.weight_decay, fused=True)
-
-    def forward(self, users, histories, negatives):
-        """L_CF of a batch by the number of its observed items, that number, the representation of users."""
-        torch.set_rng_state(self.torch_state)
-        loss, count, represented = self.model.learn(users, histories, negatives)
-        self.torch_state = torch.get_rng_state()
-        return loss / count, count, represented
-
-    def logits(self, represented, items):
-        """z_ui of items [B, n] for users represented by [B, e]: [B, n]."""
-        return torch.einsum("be,bne->bn", represented, F.embedding(items, self.model.item_vectors()))
-
-    def step(self, loss, epoch):
-        """Follow the gradient of `loss`."""
-        if not math.isfinite(loss.item()):
-            raise BadInput(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def judge(self, ndcg, epoch):
-        """Keep the weights if their validation NDCG@10 is the best so far."""
-        if self.best is None or ndcg > self.best["NDCG@10"]:
-            self.best = {"epoch": epoch, "NDCG@10": ndcg}
-            self.best_weights = copy.deepcopy(self.model.state_dict())
-
-
-class Data:
-    """The training part of an interaction log, as batches of whole histories."""
-
-    def __init__(self, args, rng):
-        self.user_ids, self.starts, self.items = read_interactions(args.data)
-        self.item_count, self.user_count = int(self.items.max()), int(self.user_ids.max())
-        self.end, self.evaluated = leave_one_out(self.starts)
-        self.begin, self.device, self.rng = self.starts[:-1], args.device, rng
-        self.users = np.flatnonzero(self.end - self.begin >= 2)
-        if len(self.users) == 0 or not self.evaluated.any():
-            why = "no user has 3 interactions, or none has 2 to train on; take a larger log"
-            raise BadInput(f"{args.data}: {why}")
-        longest = int((self.end - self.begin).max())
-        self.max_length = args.max_length if args.base == "sasrec" else longest + 2  # test histories, too
-        self.window = np.maximum(self.begin, self.end - self.max_length)
-        owner = np.repeat(np.arange(len(self.user_ids)), np.diff(self.starts))
-        known = np.arange(len(self.items)) < self.end[owner]
-        self.seen = np.unique(owner[known] * (self.item_count + 1) + self.items[known])
-        full = np.flatnonzero(np.bincount(self.seen // (self.item_count + 1)) == self.item_count)
-        if len(full):
-            raise BadInput(
-                f"{args.data}: user {self.user_ids[full[0]]} has seen every item, so there is none to teach; "
-                "leave that user out"
-            )
-
-    def batches(self, size):
-        """Shuffled batches of users, of like length, as indices."""
-        order = self.rng.permutation(self.users)
-        length = (self.end - self.window)[order]
-        order = order[np.argsort(length // 16, kind="stable")]
-        batches = [order[k : k + size] for k in range(0, len(order), size)]
-        return [batches[k] for k in self.rng.permutation(len(batches))]
-
-    def histories(self, batch):
-        """Ids [B] and training histories [B, T] of a batch of users."""
-        users = torch.from_numpy(self.user_ids[batch]).to(self.device)
-        return users, pad_batch(self.items, self.window[batch], self.end[batch]).to(self.device)
-
-    def negatives(self, batch, width, k, rng):
-        """k unseen items beside each observed one: [B, width, k]."""
-        owners = np.broadcast_to(batch[:, None, None], (len(batch), width, k))
-        drawn = draw_negatives(np.ascontiguousarray(owners), self.seen, self.item_count, rng)
-        return torch.from_numpy(drawn).to(self.device)
-
-    def validate(self, learner):
-        """Validation NDCG@10 of a learner's model."""
-        k = np.flatnonzero(self.evaluated)
-        return validation_ndcg(
-            learner.model,
-            self.user_ids[k],
-            self.items,
-            self.begin[k],
-            self.window[k],
-            self.end[k],
-            self.device,
-        )
-
-
-@torch.no_grad()
-def renew(teacher, student, data, args, epochs, rng):
-    """Rank all items by both models, and draw the items of the coming `epochs`, a slice of users at a time.
-
-    Returns for each direction the drawn items, int32 [epochs, total], user k's at offsets[k]:offsets[k + 1]
-    (--samples for each training item); and what the paper observed: the share of users whose validation item
-    the student ranks better than the teacher, and the mean discrepancy of the items drawn for each.
+    It shares the model's parameters.
     """
-    teacher.model.eval()
-    student.model.eval()
-    size = np.zeros(len(data.user_ids), np.int64)
-    size[data.users] = (data.end - data.window)[data.users] * args.samples
-    offsets = np.append(0, np.cumsum(size))
-    drawn = [np.zeros((epochs, offsets[-1]), np.int32) for _ in range(2)]
-    better, asked, gap, draws = 0, 0, np.zeros(2), np.zeros(2)
-    rows = max(1, min(256, SCORES // data.item_count))
-    for first in range(0, len(data.users), rows):
-        batch = data.users[first : first + rows]
-        observed = np.zeros((len(batch), data.item_count), bool)
-        history = pad_batch(data.items, data.begin[batch], data.end[batch]).numpy()
-        at = np.nonzero(history)
-        observed[at[0], history[at] - 1] = True
-        ids, part = data.user_ids[batch], (data.items, data.window[batch], data.end[batch])
-        rank_T, rank_S = (
-            ranks(score_all(learner.model, ids, *part, data.device)[:, 1:].cpu().numpy(), observed)
-            for learner in (teacher, student)
-        )
-        weights = weights_of(rank_T, rank_S, args)
-        for row, user in enumerate(batch):
-            ahead = rank_discrepancy(rank_T[row], rank_S[row])  # of the student
-            place = slice(offsets[user], offsets[user + 1])
-            for side, sign in ((0, 1), (1, -1)):
-                items = draw(weights[side][row], epochs * size[user], rng)
-                drawn[side][:, place] = items.reshape(epochs, -1)
-                real = items[items > 0] - 1
-                gap[side], draws[side] = gap[side] + sign * ahead[real].sum(), draws[side] + len(real)
-            if data.evaluated[user] and rank_T[row, data.items[data.end[user]] - 1] > 0:
-                asked, better = asked + 1, better + (ahead[data.items[data.end[user]] - 1] > 0)
-    return drawn, offsets, better / max(1, asked), gap / np.maximum(1, draws)
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
+    example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
+    return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
 
 
-def drawn_of(drawn, offsets, batch, device):
-    """The drawn items of a batch of users, padded with 0: int64 [B, n]."""
-    return pad_batch(drawn.astype(np.int64), offsets[batch], offsets[batch + 1]).to(device)
+def load_model(path, user_count, item_count, data=None):
+    """The exported program in a model file, and its config.
+
+    Ends unless the model takes ids up to these counts, and was trained on `data`, where that is given.
+    """
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
+    file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
+    try:
+        program = torch.export.load(file, extra_files=extra)
+        config = json.loads(extra["config.json"])
+        hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
+        if (config["items"], *vectors.shape) != (item_count, item_count + 1, output[0, 0].numel()):
+            raise ValueError(f"it scores {config['items']} items, the data have {item_count}")
+        if config["max_length"] < 1 or hidden.shape[1:3] != (1, 1):
+            raise ValueError("its shapes are not those of the contract")
+        if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
+            raise ValueError("it was trained on other data and may know their test items")
+    except Exception as error:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
+    return program, config
 
 
-def taught(learner, of_learner, other, of_other, items, tau):
-    """L_BD(learner; other) of users represented [B, e] by both, over drawn items [B, n], 0 for padding."""
-    real = items > 0
-    z_A, z_B = learner.logits(of_learner, items), other.logits(of_other, items)
-    return bd_loss(z_A[real], z_B[real], tau)
+def save_model(args, out, program, module, validation, **config):
+    """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
+    paths = ("data", "out", "teacher", "student", "architecture")
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    config |= {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+    config |= {"data_sha256": sha256_of(args.data), "validation": validation}
+    buffer = io.BytesIO()
+    module.cpu()  # whoever reads the file may have no other device
+    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+    module.to(args.device)
+    write(out, buffer.getvalue())
 
 
-def train(args):
-    """Warm up, train both ways, write both model files and the log. Raises BadInput."""
-    began = time.time()
-    paths = {kind: f"{args.out}-{kind}.pt2" for kind in ("teacher", "student")}
-    log_path = f"{args.out}.log.jsonl"
-    for path in (*paths.values(), log_path):
-        check_writable(path)
-    data, rng = Data(args, np.random.default_rng([args.seed, 0])), np.random.default_rng([args.seed, 1])
-    learners = {}
-    for number, (kind, dim) in enumerate((("teacher", args.teacher_dim), ("student", args.student_dim))):
-        torch.manual_seed(args.seed * 2 + number)
-        model = BASES[args.base](data.user_count, data.item_count, dim, data.max_length).to(args.device)
-        learners[kind] = Learner(model, args, [args.seed, 2 + number])
-    teacher, student = learners["teacher"], learners["student"]
-    sizes = [sum(p.numel() for p in learner.model.parameters()) for learner in learners.values()]
-    print(
-        f"{args.data}: {len(data.user_ids):,} users, {data.item_count:,} items, {len(data.items):,} "
-        f"interactions; {args.base}, teacher of {sizes[0]:,} and student of {sizes[1]:,} parameters, "
-        f"on {args.device}",
-        flush=True,
-    )
-    if sizes[1] > sizes[0]:
-        print("note: the student is larger than the teacher; lower --student-dim", file=sys.stderr)
-
-    data_sha256, log, progress = sha256_of(args.data), [], Progress()
-    warm_up = args.warm_up
-    if args.warm_up_from:
-        load_warm_up(args, learners, data, data_sha256)
-        warm_up = 0
-    last = warm_up + args.epochs
-    drawn = None
-    for epoch in range(1, last + 1):
-        tick, bd = time.time(), epoch - warm_up  # bd: epoch of bidirectional training
-        line, both = {"epoch": epoch}, bd > 0 and args.direction != "none"
-        if bd == 1:
-            for learner in learners.values():
-                learner.restart(args)
-        if both and (bd - 1) % args.period == 0:
-            coming = min(args.period, args.epochs - bd + 1)
-            drawn, offsets, better, gap = renew(teacher, student, data, args, coming, rng)
-            line |= {"student_better": better, "gap_to_teacher": gap[0], "gap_to_student": gap[1]}
-            line |= {"renewal_seconds": time.time() - tick}
-            progress.line(
-                f"ranks renewed in {time.time() - tick:.1f} s: the student ranks {better:.1%} of validation "
-                f"items better; items drawn for the teacher rank {gap[0]:.0f} better with the student, those "
-                f"for the student {gap[1]:.0f} better with the teacher"
-            )
-        totals, batches = np.zeros(4), data.batches(args.batch_size)
-        for learner in learners.values():
-            learner.model.train()
-        for step, batch in enumerate(batches, 1):
-            users, histories = data.histories(batch)
-            width, out = histories.shape[1], {}
-            for kind, learner in learners.items():
-                negatives = data.negatives(batch, width, args.samples, learner.rng)
-                out[kind] = learner.forward(users, histories, negatives)
-            (l_t, count, of_T), (l_s, _, of_S) = out["teacher"], out["student"]
-            l_st = l_ts = torch.zeros((), device=args.device)
-            if both and args.direction != "teacher-to-student":
-                items = drawn_of(drawn[0][(bd - 1) % args.period], offsets, batch, args.device)
-                l_st = taught(teacher, of_T, student, of_S, items, args.temperature) / count
-            if both and args.direction != "student-to-teacher":
-                items = drawn_of(drawn[1][(bd - 1) % args.period], offsets, batch, args.device)
-                l_ts = taught(student, of_S, teacher, of_T, items, args.temperature) / count
-            # both losses are made before either model moves
-            teacher.step(l_t + args.lambda_teacher * l_st, epoch)
-            student.step(l_s + args.lambda_student * l_ts, epoch)
-            totals += [part.item() for part in (l_t, l_st, l_s, l_ts)]
-            progress.show(f"epoch {epoch} of {last}, batch {step} of {len(batches)}")
-        parts = ("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)")
-        line |= dict(zip(parts, (totals / len(batches)).tolist(), strict=True))
-        # a long warm-up is not judged every epoch: that would take longer than the epoch itself
-        if bd > 0 or epoch == last or epoch % args.period == 0:
-            tick_of_validation = time.time()
-            for kind, learner in learners.items():
-                line[f"{kind}_NDCG@10"] = data.validate(learner)
-                learner.judge(line[f"{kind}_NDCG@10"], epoch)
-            line["validation_seconds"] = time.time() - tick_of_validation
-        line["seconds"] = time.time() - tick
-        log.append(line)
-        if "teacher_NDCG@10" in line:
-            progress.line(
-                f"epoch {epoch:3} {'warm-up' if bd <= 0 else ''}  "
-                + "  ".join(f"{part} {line[part]:.4f}" for part in parts if line[part])
-                + f"  validation NDCG@10 teacher {line['teacher_NDCG@10']:.4f} student "
-                f"{line['student_NDCG@10']:.4f}  {line['seconds']:.1f} s; "
-                f"{(last - epoch) * (time.time() - began) / epoch / 60:.1f} min left"
-            )
-
-    for kind, learner in learners.items():
-        if learner.best_weights:
-            learner.model.load_state_dict(learner.best_weights)
-        paths_out = ("data", "out", "warm_up_from")
-        config = {
-            "items": data.item_count,
-            "max_length": data.max_length,
-            "stage": "bidirectional_distill",
-            "role": kind,
-            "settings": {k: v for k, v in vars(args).items() if k not in paths_out},
-            "data_sha256": data_sha256,
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-            "validation": learner.best,
-        }
-        content = export_model(learner.model, data.max_length, config)
-        write_atomically(paths[kind], lambda path, content=content: path.write_bytes(content))
-        if learner.best:
-            print(
-                f"{paths[kind]}: epoch {learner.best['epoch']}, validation NDCG@10 "
-                f"{learner.best['NDCG@10']:.4f}"
-            )
-    write_atomically(log_path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-    print(f"{(time.time() - began) / 60:.1f} min")
+def report(out, log, left, began, mark=""):
+    """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
+    minutes = (time.time() - began) / len(log) * left / 60
+    print(f"epoch {len(log):3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
+    write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def load_warm_up(args, learners, data, data_sha256):
-    """Give both learners the weights of --warm-up-from. Raises BadInput if these do not fit."""
-    for kind, learner in learners.items():
-        path = f"{args.warm_up_from}-{kind}.pt2"
-        program, config = load_model(path, data.user_count, data.item_count, args.device)
-        settings = config.get("settings", {})
-        if config.get("stage") != "bidirectional_distill" or settings.get("base") != args.base:
-            raise BadInput(f"{path} is no {args.base} model of this script; run without --warm-up-from")
-        if config.get("data_sha256") != data_sha256:
-            raise BadInput(f"{path} was trained on other data than {args.data}; warm up on these")
-        weights = dict(program.state_dict())
-        mine = learner.model.state_dict()
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in mine.items()}:
-            raise BadInput(f"{path} has other sizes; give its --teacher-dim, --student-dim and --max-length")
-        learner.model.load_state_dict(weights)
+# ---- The command line ------------------------------------------------------------------------------------
+
+SETTINGS = {  # of --base bpr and cdae, as published, and of sequence models, ours
+    "learning_rate": (float, 1e-3, 2e-3, 1e-3, "of Adam"),
+    "temperature": (float, 5.0, 2.0, 1.0, "tau: the other model's logits are divided by it"),
+    "epsilon_exp": (float, 1e-4, 1e-4, 1e-3, "epsilon_e of p_S->T"),
+    "epsilon_tanh": (float, 1e-2, 1e-4, 1e-2, "epsilon_t of p_T->S"),
+    "batch_size": (int, 128, 128, 32, "observed pairs a step with bpr, else users"),
+    "samples": (int, 1, 5, 1, "k: uniform negatives, and drawn items of each direction, an observed item"),
+    "warm_up": (int, 1000, 1000, 0, "epochs alone, where no models are given"),
+    "epochs": (int, 100, 1000, 20, "epochs together; 0 writes the warmed up models"),
+}
 
 
-class Progress:
-    """What happens now: one line written over on a terminal, else a new line each 8 s of silence."""
-
-    def __init__(self):
-        self.terminal, self.last = sys.stdout.isatty(), time.time()
-
-    def show(self, text):
-        """Show `text`, if it is time to."""
-        if time.time() - self.last > (0.2 if self.terminal else 8):
-            print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
-            self.last = time.time()
-
-    def line(self, text):
-        """Print `text` to stay."""
-        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
-        self.last = time.time()
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """`--help`: the words at the top of this file as they stand, and each option's default."""
 
 
 def main(argv=None):
-    """Read the command line and train; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Train a large and a small model that learn from each other, Bidirectional Distillation: "
-        "L_T = L_CF(T) + lambda_T L_BD(T;S), L_S = L_CF(S) + lambda_S L_BD(S;T). Options without a default "
-        "have one for each --base.",
-        epilog="example: python bidirectional_distill.py data/ml-100k.txt --out runs/bd",
-    )
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    positive = 1e-12
-    by_base = {
-        name: ", ".join(f"{SETTINGS[base][name]} {base}" for base in SETTINGS) for name in SETTINGS["bpr"]
-    }
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("--teacher", help="model file to train on, with --student. Load only trusted ones")
+    add("--student", help="model file to train on, with --teacher")
     add("--out", required=True, help="what OUT-teacher.pt2, OUT-student.pt2 and OUT.log.jsonl begin with")
-    add("--base", choices=BASES, default="sasrec", help="kind of both models (sasrec)")
-    for name, kind, low, what in (
-        ("teacher_dim", int, 1, "size of the teacher's vectors"),
-        ("student_dim", int, 1, "size of the student's vectors"),
-        ("learning_rate", float, positive, "of Adam"),
-        ("temperature", float, positive, "tau: the other model's logits are divided by it"),
-        ("epsilon_exp", float, positive, "epsilon_e of p_S->T"),
-        ("epsilon_tanh", float, positive, "epsilon_t of p_T->S"),
-        ("batch_size", int, 1, "users a step"),
-        ("samples", int, 1, "uniform negatives, and drawn items of each direction, an observed item"),
-        ("warm_up", int, 0, "epochs alone"),
-        ("epochs", int, 0, "epochs together; 0 writes the warmed up models"),
-    ):
-        add(f"--{name.replace('_', '-')}", type=number(kind, low), help=f"{what} ({by_base[name]})")
-    add("--lambda-teacher", type=number(float, 0), default=0.5, help="lambda_S->T, weight of L_BD(T;S) (0.5)")
-    add("--lambda-student", type=number(float, 0), default=0.5, help="lambda_T->S, weight of L_BD(S;T) (0.5)")
-    add("--period", type=number(int, 1), default=10, help="p: epochs between renewals of the ranks (10)")
-    directions = ["both", "teacher-to-student", "student-to-teacher", "none"]
-    add("--direction", choices=directions, default="both", help="who teaches whom; none: both alone (both)")
-    add(
-        "--sampling",
-        choices=["rank", "uniform", "top"],
-        default="rank",
-        help=f"of items: by rank discrepancy, all alike, or the {TOP} best of the one who teaches (rank)",
-    )
-    add(
-        "--sign",
-        choices=["paper", "published"],
-        default="paper",
-        help="of the rank discrepancy; the published code has it the other way round (paper)",
-    )
-    add(
-        "--warm-up-from",
-        metavar="OUT",
-        help="begin with the models that an earlier run wrote under this name",
-    )
-    add("--max-length", type=number(int, 2), default=50, help="most recent items that sasrec sees (50)")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="of Adam (0)")
-    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same files (0)")
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where (cuda if there is one)",
-    )
+    add("--base", choices=L_CF, default="sequence", help="kind of both models")
+    dims = {"nargs": 2, "type": int, "default": [50, 5], "metavar": ("TEACHER", "STUDENT")}
+    add("--dims", **dims, help="sizes of the vectors of bpr and cdae")
+    for name, (kind, *defaults, what) in SETTINGS.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=f"{what}; bpr, cdae, sequence: {defaults}")
+    add("--lambda-teacher", type=float, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
+    add("--lambda-student", type=float, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
+    add("--weight-decay", type=float, default=0.0, help="of Adam")
+    add("--period", type=int, default=10, help="p: epochs between renewals of the ranks")
+    add("--direction", choices=DIRECTIONS, default="both", help="who teaches whom; none: both alone")
+    sampling = f"of items: by rank discrepancy, all alike, or the {TOP} best of the one who teaches"
+    add("--sampling", choices=["rank", "uniform", "top"], default="rank", help=sampling)
+    sign = "of the rank discrepancy; the published code has it the other way round"
+    add("--sign", choices=["paper", "published"], default="paper", help=sign)
+    add("--seed", type=int, default=0, help="same seed, data and machine: same files")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    for name, value in SETTINGS[args.base].items():
+    if bool(args.teacher) != bool(args.student) or (args.base == "sequence" and not args.teacher):
+        parser.error("give --teacher and --student, two trained models, or --base bpr or cdae")
+    for name, (_, *defaults, _) in SETTINGS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            given = name == "warm_up" and args.teacher
+            setattr(args, name, 0 if given else dict(zip(L_CF, defaults, strict=True))[args.base])
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise BadInput("no CUDA device was found; use --device cpu")
         train(args)
-    except BadInput as error:
-        print(f"bidirectional_distill.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def number(kind, low, below=math.inf):
-    """A reader of `kind` numbers from `low` up to, but not, `below`, for argparse."""
-
-    def number(text):
-        if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {below:g})")
-        return kind(text)
-
-    return number
+    except OSError as error:  # a file that is not there, or a place that cannot be written
+        sys.exit(f"{error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

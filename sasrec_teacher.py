@@ -3,20 +3,22 @@
 Wang-Cheng Kang and Julian McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018, arXiv 1808.09781;
 with the full-softmax loss of Klenitskiy and Vasilev, RecSys 2023, arXiv 2309.07602, as the default.
 
+    L = - mean over positions t of log softmax_i(F_t . M_i) at i = s_{t+1}
+
 Reads   interactions, `user item` a row (data/README.md).
 Writes  OUT, the model as an exported program (README.md, "The model file"), of the epoch whose validation
         NDCG@10 was best; and OUT.log.jsonl, a line an epoch.
+Shapes  B users, T positions, N of them real, d features, V items, item 0 padding, L blocks, k negatives.
 
     python sasrec_teacher.py data/ml-100k.txt --out runs/teacher.pt2
 """
 
 import argparse
-import copy
 import hashlib
 import io
 import json
 import math
-import os
+import re
 import sys
 import time
 import warnings
@@ -26,119 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-MAX_ID = 10**8  # a table of vectors has a row for every id up to the largest
-VALIDATION_USERS = 10_000  # enough to choose an epoch by; ranking every user of a large log each epoch is not
-
-
-class BadInput(Exception):
-    """Something the user can mend: `main` prints it as one line and ends with status 2."""
-
-
-# ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
-
-
-def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
-
-    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Raises BadInput naming file and line.
-    """
-    try:
-        if str(path).endswith(".npy"):
-            table = np.load(path, mmap_mode="r")
-        else:
-            with open(path, "rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of an empty file, which is told below
-                table = np.loadtxt(file, dtype=np.int64, comments=None, ndmin=2)
-    except OSError as error:
-        why = error.strerror or error
-        raise BadInput(f"cannot read {path}: {why}; make it with data/prepare.py") from None
-    except (ValueError, OverflowError, EOFError):
-        table = np.zeros((1, 1))
-    if table.size == 0:
-        raise BadInput(f"{path} is empty; put `user item` on each line")
-    good = table.ndim == 2 and table.shape[1] == 2 and table.dtype.kind in "iu"
-    if not good or table.min() < 1 or table.max() > MAX_ID:
-        raise BadInput(first_bad_row(path))
-    users = np.asarray(table[:, 0])
-    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
-    if len(np.unique(users[first])) < len(first):
-        raise BadInput(first_bad_row(path))
-    return users[first].astype(np.int64), np.append(first, len(users)), table[:, 1].astype(np.int64)
-
-
-def first_bad_row(path):
-    """What is wrong with the first bad row of `path`, read slowly, as a sentence that names the row."""
-    if str(path).endswith(".npy"):
-        return f"{path} is no integer array [n, 2], ids from 1, a user's rows together; see data/README.md"
-    done, user = set(), None
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.split()
-            if fields and not (
-                len(fields) == 2 and all(f.isdecimal() and 0 < int(f) <= MAX_ID for f in fields)
-            ):
-                return (
-                    f"{path}, line {number}: {line.strip()[:40]!r} is not `user item`, two integers from 1; "
-                    "mend the line, or make ids with data/prepare.py convert"
-                )
-            if fields and fields[0] != user:
-                if fields[0] in done:
-                    return (
-                        f"{path}, line {number}: user {fields[0]} again; put a user's rows together, by time"
-                    )
-                user = fields[0]
-                done.add(user)
-    return f"{path} is no table of two integers, `user item`"
-
-
-def leave_one_out(starts):
-    """The split (shared by every stage): last item test, the one before validation, the rest training.
-
-    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
-    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
-    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
-    """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
-
-
-def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    steps = np.arange(max(1, (end - begin).max()))
-    rows = begin[:, None] + steps  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
-
-
-def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories are about equally long, so that little padding is computed.
-
-    `length` [U]. Within each 64 shuffled batches (a quarter of all, where that is less: batches should differ
-    from epoch to epoch) the histories are sorted by length; then the batches are shuffled.
-    """
-    order = rng.permutation(len(length))
-    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
-    chunks = [order[k : k + window] for k in range(0, len(order), window)]
-    order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    return [batches[k] for k in rng.permutation(len(batches))]
-
-
-def draw_negatives(users, seen, item_count, rng):
-    """A uniform item that the user has not seen, for each entry of `users`: int64 of the same shape.
-
-    `users` are indices; `seen` the training interactions as sorted numbers user * (item_count + 1) + item: a
-    look-up is a binary search, and memory that of the interactions. Every user must have an unseen item.
-    """
-    drawn, wrong = rng.integers(1, item_count + 1, users.size), np.arange(users.size)
-    while len(wrong):
-        key = users.flat[wrong] * (item_count + 1) + drawn[wrong]
-        wrong = wrong[seen[np.minimum(np.searchsorted(seen, key), len(seen) - 1)] == key]
-        drawn[wrong] = rng.integers(1, item_count + 1, len(wrong))
-    return drawn.reshape(users.shape)
-
 
 # ---- Model (SASRec, section III) -------------------------------------------------------------------------
 
@@ -180,7 +69,7 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """Self-attentive sequential recommender; `forward` is the contract of a model file.
 
-    Item 0 is padding. Histories are padded on the right: a causal model needs no mask for what comes later.
+    Histories are padded on the right: a causal model needs no mask for what comes later.
     """
 
     def __init__(self, item_count, max_length, dim, blocks, heads, dropout, scaled=False):
@@ -196,23 +85,20 @@ class SASRec(nn.Module):
         with torch.no_grad():
             self.M.weight[0] = 0
 
-    def encode(self, items):
-        """items [B, T] -> states of embedding layer and blocks, a list of [B, T, d]; output [B, T, d]."""
+    def forward(self, users, items):
+        """users [B], items [B, T] -> hidden [L+1, B, T, d], output F [B, T, d], item_vectors M [V+1, d].
+
+        The score of item i after position t is r_{t,i} = F_t . M_i. SASRec does not look at users.
+        """
         # E_t = sqrt(d) M[s_t] + P_t
         x = math.sqrt(self.M.embedding_dim) * self.M(items) + self.P[: items.shape[1]]
         hidden = [self.dropout(x)]
         for block in self.blocks:
             hidden.append(block(hidden[-1]))
-        return hidden, self.norm(hidden[-1])
-
-    def forward(self, users, items):
-        """users [B], items [B, T] -> hidden [L+1, B, T, d], output [B, T, d], item_vectors [V+1, d]."""
-        hidden, output = self.encode(items)
-        return torch.stack(hidden), output, self.M.weight
+        return torch.stack(hidden), self.norm(hidden[-1]), self.M.weight
 
 
-# ---- Losses ----------------------------------------------------------------------------------------------
-# `output` [N, d] at the N real positions, `target` [N] the items that came next; the mean over N
+# ---- Losses: means over the N real positions; output [N, d], target [N] the items that came next ---------
 
 
 def ce_loss(output, item_vectors, target):
@@ -236,7 +122,7 @@ def bce_loss(output, item_vectors, target, negatives):
 
 
 def sampled_loss(output, item_vectors, target, negatives):
-    """-log softmax of the target among itself and shared `negatives` [k] (L_CE-sampled, arXiv 2309.07602).
+    """-log softmax of the target among itself and `negatives` [k], shared by a batch (arXiv 2309.07602).
 
     A negative that is the position's target is left out there.
     """
@@ -246,7 +132,184 @@ def sampled_loss(output, item_vectors, target, negatives):
     return (torch.cat([positive_score[:, None], scores], 1).logsumexp(1) - positive_score).mean()
 
 
-# ---- Validation ------------------------------------------------------------------------------------------
+LOSSES = {"ce": ce_loss, "bce": bce_loss, "sampled": sampled_loss}
+
+
+def draw_negatives(users, seen, item_count, rng):
+    """A uniform item that the user has not seen, for each entry of `users`: int64 of the same shape.
+
+    `users` are indices; `seen` the training interactions as sorted numbers user * (item_count + 1) + item: a
+    look-up is a binary search, and memory that of the interactions. Every user must have an unseen item.
+    """
+    drawn, wrong = rng.integers(1, item_count + 1, users.size), np.arange(users.size)
+    while len(wrong):
+        key = users.flat[wrong] * (item_count + 1) + drawn[wrong]
+        wrong = wrong[seen[np.minimum(np.searchsorted(seen, key), len(seen) - 1)] == key]
+        drawn[wrong] = rng.integers(1, item_count + 1, len(wrong))
+    return drawn.reshape(users.shape)
+
+
+# ---- Training --------------------------------------------------------------------------------------------
+
+
+def train(args):
+    """Train with Adam, stop early, write the model file and its log."""
+    began = shown = time.time()
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    user_ids, starts, items = read_interactions(args.data)
+    item_count = int(items.max())
+    users, begin, end, judged = training_part(args.data, starts, args.max_length, rng)
+    seen = seen_in_training(user_ids, starts, items) if args.loss == "bce" else None
+    shape = args.dim, args.blocks, args.heads, args.dropout
+    model = SASRec(item_count, args.max_length, *shape, scaled=args.blocks >= 4)
+    program = export(model, args.max_length)  # it has the model's parameters: what is learnt is saved with it
+    model.to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, on {args.device}"
+    print(f"{args.data}: {len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; {size}")
+    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
+    k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
+    best, log, contract = None, [], {"items": item_count, "max_length": args.max_length}
+    if args.epochs == 0:
+        save_model(args, args.out, program, model, None, **contract)
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        total, positions, tick = 0.0, 0, time.time()
+        batches = batches_of_like_length(end - begin, args.batch_size, rng)
+        for step, batch in enumerate(batches, 1):
+            ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
+            inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
+            targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
+            real = inputs > 0
+            count, negatives = int(real.sum()), ()
+            if args.loss == "bce":
+                owner = np.repeat(users[batch], end[batch] - 1 - begin[batch])  # user of each position, [N]
+                negatives = [draw_negatives(np.tile(owner[:, None], k), seen, item_count, rng)]  # [N, k]
+            elif args.loss == "sampled":
+                negatives = [rng.integers(1, item_count + 1, k)]
+            negatives = [torch.from_numpy(drawn).to(args.device) for drawn in negatives]
+            _, output, item_vectors = model(ids, inputs)
+            loss = LOSSES[args.loss](output[real], item_vectors, targets[real], *negatives)
+            optimizer.zero_grad()
+            # the losses sum over positions: a batch of short histories must not count as one of long ones
+            (loss * count / mean_count).backward()
+            optimizer.step()
+            total, positions = total + loss.item() * count, positions + count
+            if not math.isfinite(total):
+                sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
+            if time.time() - shown > 10:
+                shown = time.time()
+                print(f"epoch {epoch}, {step / len(batches):.0%}: loss {total / positions:.4f}", flush=True)
+        seconds = time.time() - tick
+        hr, ndcg = validate(model.eval(), user_ids, starts, items, judged, args.max_length, args.device)
+        log += [{"epoch": epoch, "loss": total / positions, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
+        if best is None or ndcg > best["NDCG@10"]:
+            best = log[-1]
+            save_model(args, args.out, program, model, best, **contract)
+        left, shown = min(args.epochs, best["epoch"] + args.patience) - epoch, time.time()
+        report(args.out, log, left, began, "*" if best is log[-1] else "")
+        if left == 0:
+            break
+
+
+# ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
+
+JUDGES = 10_000  # users that validation draws from a large log: enough to choose an epoch
+
+
+def read_interactions(path):
+    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+
+    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
+    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty file, which is told below
+            array = str(path).endswith(".npy")
+            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+        if (
+            table.dtype.kind not in "iu"
+            or table.shape[1:] != (2,)
+            or not 0 < table.min() <= table.max() < 10**8
+        ):
+            raise ValueError
+    except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
+        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
+        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
+        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    users = np.asarray(table[:, 0])
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
+    if len(np.unique(users[first])) < len(first):
+        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
+    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
+
+
+def leave_one_out(starts):
+    """The split (shared by every stage): last item test, the one before validation, the rest training.
+
+    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
+    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
+    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
+    """
+    evaluated = np.diff(starts) >= 3
+    return starts[1:] - 2 * evaluated, evaluated
+
+
+def training_part(path, starts, max_length, rng):
+    """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
+    items[begin:end]; and `judged`, the users that validation ranks, drawn where there are many.
+    """
+    train_end, evaluated = leave_one_out(starts)
+    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
+    judged = np.flatnonzero(evaluated)
+    if len(users) == 0 or len(judged) == 0:
+        sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
+    if len(judged) > JUDGES:
+        judged = np.sort(rng.choice(judged, JUDGES, replace=False))
+    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
+
+
+def seen_in_training(user_ids, starts, items):
+    """The training interactions as sorted numbers user * (V + 1) + item, each once; users are indices.
+
+    Ends when a user has seen every item, so that there is none to draw.
+    """
+    owner, base = np.repeat(np.arange(len(user_ids)), np.diff(starts)), items.max() + 1
+    training = np.arange(len(items)) < leave_one_out(starts)[0][owner]
+    seen = np.unique((owner * base + items)[training])
+    full = np.bincount(seen // base) == base - 1
+    if full.any():
+        sys.exit(
+            f"user {user_ids[full.argmax()]} has seen every item: there is none to draw; leave that user out"
+        )
+    return seen
+
+
+def pad_batch(items, begin, end):
+    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = rows < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+
+
+def batches_of_like_length(length, batch_size, rng):
+    """Shuffled batches of indices whose histories are about equally long, so that little padding is computed.
+
+    `length` [U]. Within each 64 shuffled batches (a quarter of all, where that is less: batches should differ
+    from epoch to epoch) the histories are sorted by length; then the batches are shuffled.
+    """
+    order = rng.permutation(len(length))
+    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
+    chunks = [order[k : k + window] for k in range(0, len(order), window)]
+    order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    return [batches[k] for k in rng.permutation(len(batches))]
+
+
+# ---- Validation and files --------------------------------------------------------------------------------
 
 
 def rank_of_target(scores, target, seen):
@@ -254,287 +317,121 @@ def rank_of_target(scores, target, seen):
 
     scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
     target: a model that scores all items alike gets what chance gets. The target itself always takes part.
-    Raises BadInput when its score is not finite, for nothing would rank above a NaN.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
-    if not own.isfinite().all():
-        raise BadInput("the model's scores are not finite; train it again with a lower --learning-rate")
-    scores.scatter_(1, seen, -math.inf)
-    scores[:, 0] = -math.inf
+    if not own.isfinite().all():  # nothing ranks above a NaN
+        sys.exit("the model's scores are not finite; train it again with a lower --learning-rate")
+    scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
     scores.scatter_(1, target[:, None], own)
     better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
     return 1 + better.double() + (equal.double() - 1) / 2
 
 
 @torch.no_grad()
-def validate(model, items, begin, end, max_length, device):
-    """HR@10 and NDCG@10 of the items at `items[end]` after the histories `items[begin:end]`, full ranking."""
-    model.eval()
-    ranks = []
-    slices = math.ceil(len(end) * len(model.M.weight) / 2**22)  # of 16 MiB of scores or less
-    for chosen in np.array_split(np.argsort(end - begin), max(slices, math.ceil(len(end) / 256))):
+def validate(model, user_ids, starts, items, judged, max_length, device):
+    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
+
+    `model` is a program or a module in evaluation mode that sees the last `max_length` training items.
+    """
+    ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
+    slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
+    for chosen in np.array_split(np.argsort(end - begin), slices):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
-        _, output = model.encode(window)
-        last = torch.from_numpy(np.minimum(e - b, max_length) - 1).to(device)
-        scores = output[torch.arange(len(e), device=device), last] @ model.M.weight.T  # [B, V+1]
-        target = torch.from_numpy(items[e]).to(device)
-        ranks.append(rank_of_target(scores, target, pad_batch(items, b, e).to(device)).cpu())
+        _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
+        last = (window > 0).sum(1) - 1
+        scores = output[torch.arange(len(e), device=device), last] @ item_vectors.T  # [B, V+1]
+        target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
+        ranks.append(rank_of_target(scores, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
 
 
-# ---- Files -----------------------------------------------------------------------------------------------
+def sha256_of(path):
+    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def write_atomically(path, write):
-    """Make `path` by `write(temporary path)` and a rename: an interrupted run leaves no half file.
-
-    Parents are created. Raises BadInput when the place cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write(path, content):
+    """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def check_writable(path):
-    """Raise BadInput now, rather than after training, if `path` cannot be written."""
-    probe = Path(f"{path}.probe")
-    write_atomically(probe, Path.touch)
-    probe.unlink()
-    if Path(path).is_dir():
-        raise BadInput(f"cannot write {path}: it is a directory; choose another --out")
+def export(model, max_length):
+    """The program of `model` in evaluation mode, for any number of users and up to `max_length` items.
 
-
-def export_model(model, max_length, config):
-    """The bytes of a model file: the program with dynamic batch and length, and `config` as config.json."""
+    It shares the model's parameters.
+    """
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
-    example = torch.ones(2, dtype=torch.int64), torch.ones(2, max(2, max_length), dtype=torch.int64)
-    program = torch.export.export(
-        copy.deepcopy(model).cpu().eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length})
-    )
+    example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
+    return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
+
+
+def save_model(args, out, program, module, validation, **config):
+    """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
+    paths = ("data", "out", "teacher", "student", "architecture")
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    config |= {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+    config |= {"data_sha256": sha256_of(args.data), "validation": validation}
     buffer = io.BytesIO()
+    module.cpu()  # whoever reads the file may have no other device
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-    return buffer.getvalue()
+    module.to(args.device)
+    write(out, buffer.getvalue())
 
 
-# ---- Training --------------------------------------------------------------------------------------------
+def report(out, log, left, began, mark=""):
+    """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
+    minutes = (time.time() - began) / len(log) * left / 60
+    print(f"epoch {len(log):3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
+    write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def batch_loss(model, inputs, targets, loss, negatives):
-    """`loss` over a batch's real positions; inputs and targets [B, T], negatives as the loss wants them."""
-    real = inputs > 0
-    _, output = model.encode(inputs)
-    output, target, item_vectors = output[real], targets[real], model.M.weight  # [N, d], [N], [V+1, d]
-    if loss == "ce":
-        return ce_loss(output, item_vectors, target)
-    return {"bce": bce_loss, "sampled": sampled_loss}[loss](output, item_vectors, target, negatives)
+# ---- The command line ------------------------------------------------------------------------------------
 
 
-def train(args):
-    """Train with Adam, stop early, write the model file and its log. Raises BadInput."""
-    began = time.time()
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    user_ids, starts, items = read_interactions(args.data)
-    item_count = int(items.max())
-    train_end, evaluated = leave_one_out(starts)
-    log_path = f"{args.out}.log.jsonl"
-    check_writable(args.out)
-    check_writable(log_path)
-
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
-    if len(users) == 0 or not evaluated.any():
-        raise BadInput(
-            f"{args.data}: no user has 3 interactions, or none has 2 to train on; take a larger log"
-        )
-    begin, end = np.maximum(starts[users], train_end[users] - args.max_length - 1), train_end[users]
-    chosen = np.flatnonzero(evaluated)
-    if len(chosen) > VALIDATION_USERS:
-        chosen = np.sort(rng.choice(chosen, VALIDATION_USERS, replace=False))
-    owner = np.repeat(np.arange(len(user_ids)), np.diff(starts))  # user of each interaction
-    known = np.arange(len(items)) < train_end[owner]
-    seen = np.unique(owner[known] * (item_count + 1) + items[known])
-    full = np.flatnonzero(np.bincount(seen // (item_count + 1)) == item_count)
-    if args.loss == "bce" and len(full):
-        raise BadInput(f"user {user_ids[full[0]]} has seen every item: there is no negative; use --loss ce")
-
-    k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
-    scaled = args.blocks >= 4 if args.residual_scale is None else args.residual_scale
-    model = SASRec(item_count, args.max_length, args.dim, args.blocks, args.heads, args.dropout, scaled)
-    model.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
-    print(
-        f"{args.data}: {len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {args.device}",
-        flush=True,
-    )
-
-    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
-    best, best_weights, log, progress = None, None, [], Progress()
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        total, positions, tick = 0.0, 0, time.time()
-        batches = batches_of_like_length(end - begin, args.batch_size, rng)
-        for step, batch in enumerate(batches, 1):
-            inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
-            targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
-            count = int((end[batch] - 1 - begin[batch]).sum())
-            negatives = None
-            if args.loss == "bce":
-                owners = np.repeat(users[batch], end[batch] - 1 - begin[batch])  # user of each position, [N]
-                negatives = draw_negatives(np.tile(owners[:, None], k), seen, item_count, rng)  # [N, k]
-            elif args.loss == "sampled":
-                negatives = rng.integers(1, item_count + 1, k)
-            if negatives is not None:
-                negatives = torch.from_numpy(negatives).to(args.device)
-            loss = batch_loss(model, inputs, targets, args.loss, negatives)
-            optimizer.zero_grad()
-            # the losses sum over positions: a batch of short histories must not count as one of long ones
-            (loss * count / mean_count).backward()
-            optimizer.step()
-            total, positions = total + loss.item() * count, positions + count
-            if not math.isfinite(total):
-                raise BadInput(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
-            progress.show(f"epoch {epoch}, batch {step} of {len(batches)}: loss {total / positions:.4f}")
-        seconds = time.time() - tick
-        hr, ndcg = validate(model, items, starts[chosen], train_end[chosen], args.max_length, args.device)
-        log.append(
-            {"epoch": epoch, "loss": total / positions, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}
-        )
-        if best is None or ndcg > best["NDCG@10"]:
-            best, best_weights = log[-1], copy.deepcopy(model.state_dict())
-        left = min(args.epochs, best["epoch"] + args.patience) - epoch
-        minutes = left * (time.time() - began) / epoch / 60
-        progress.line(
-            f"epoch {epoch:3}  loss {total / positions:.4f}  validation HR@10 {hr:.4f} NDCG@10 {ndcg:.4f}"
-            f"{'*' if best is log[-1] else ' '}  {seconds:.1f} s; {minutes:.1f} min left if none gets better"
-        )
-        if left == 0:
-            break
-
-    model.load_state_dict(best_weights)
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out")} | {
-        "residual_scale": scaled,
-        "negatives": k,
-    }
-    config = {
-        "items": item_count,
-        "max_length": args.max_length,
-        "stage": "sasrec_teacher",
-        "settings": settings,
-        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        "validation": {k: best[k] for k in ("epoch", "HR@10", "NDCG@10")},
-    }
-    content = export_model(model, args.max_length, config)
-    write_atomically(args.out, lambda path: path.write_bytes(content))
-    write_atomically(log_path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-    print(
-        f"{args.out}: epoch {best['epoch']}, validation HR@10 {best['HR@10']:.4f} "
-        f"NDCG@10 {best['NDCG@10']:.4f}; {(time.time() - began) / 60:.1f} min"
-    )
-
-
-class Progress:
-    """What happens now: one line written over on a terminal, else a new line each 8 s of silence."""
-
-    def __init__(self):
-        self.terminal, self.last = sys.stdout.isatty(), time.time()
-
-    def show(self, text):
-        """Show `text`, if it is time to."""
-        if time.time() - self.last > (0.2 if self.terminal else 8):
-            print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
-            self.last = time.time()
-
-    def line(self, text):
-        """Print `text` to stay."""
-        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
-        self.last = time.time()
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """`--help`: the words at the top of this file as they stand, and each option's default."""
 
 
 def main(argv=None):
-    """Read the command line and train; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Train a SASRec teacher; keep the epoch with the best validation NDCG@10, full ranking.",
-        epilog="example: python sasrec_teacher.py data/ml-100k.txt --out runs/teacher.pt2",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    no_default = {"required": True, "default": argparse.SUPPRESS}
-    add("--out", **no_default, help="model file to write, as runs/teacher.pt2; the log goes to OUT.log.jsonl")
-    add("--dim", type=number(int, 1), default=64, help="d: size of hidden states and item vectors")
-    add("--blocks", type=number(int, 1), default=2, help="blocks of attention and feed-forward network")
-    add("--heads", type=number(int, 1), default=1, help="attention heads; must divide --dim")
-    add("--max-length", type=number(int, 2), default=50, help="n: most recent items that the model sees")
-    add("--dropout", type=number(float, 0, 1), default=0.2, help="share of hidden units dropped in training")
-    add(
-        "--residual-scale",
-        action=argparse.BooleanOptionalAction,
-        help="x + epsilon g(x), epsilon learned from 0; by itself from 4 blocks on",
-    )
-    add(
-        "--loss",
-        choices=["ce", "bce", "sampled"],
-        default="ce",
-        help="ce: softmax over all items; bce: against --negatives of each position, as first published; "
-        "sampled: softmax over --negatives that a batch shares, for catalogues too large for ce",
-    )
-    add(
-        "--negatives",
-        type=number(int, 1),
-        help="k: uniform negatives; 1 with bce, 256 with sampled if not given",
-    )
-    add("--learning-rate", type=number(float, 1e-12), default=1e-3, help="of Adam, whose beta_2 is 0.98")
-    add("--batch-size", type=number(int, 1), default=128, help="users a step")
-    add("--epochs", type=number(int, 1), default=200, help="passes over all users, at most")
-    add(
-        "--patience",
-        type=number(int, 1),
-        default=10,
-        help="epochs without a better validation NDCG@10 to stop after",
-    )
-    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where",
-    )
+    add("--out", required=True, help="model file to write, as runs/teacher.pt2; the log is OUT.log.jsonl")
+    add("--dim", type=int, default=64, help="d: size of hidden states and item vectors")
+    add("--blocks", type=int, default=2, help="L; from 4 blocks on, x + epsilon g(x), epsilon learned from 0")
+    add("--heads", type=int, default=1, help="attention heads; must divide --dim")
+    add("--max-length", type=int, default=50, help="n: most recent items that the model sees, from 2")
+    add("--dropout", type=float, default=0.2, help="share of hidden units dropped in training")
+    losses = "ce: softmax over all items; bce: against --negatives of each position, as first published; "
+    losses += "sampled: softmax over --negatives that a batch shares, for catalogues too large for ce"
+    add("--loss", choices=LOSSES, default="ce", help=losses)
+    add("--negatives", type=int, help="k: uniform negatives; 1 with bce, 256 with sampled if not given")
+    add("--learning-rate", type=float, default=1e-3, help="of Adam, whose beta_2 is 0.98")
+    add("--batch-size", type=int, default=128, help="users a step")
+    add("--epochs", type=int, default=200, help="passes over all users, at most; 0 writes an untrained model")
+    add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
+    add("--seed", type=int, default=0, help="same seed, data and machine: same file")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
+    if args.dim % args.heads or args.max_length < 2:
+        parser.error("--heads must divide --dim, and --max-length be 2 or more")
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise BadInput("no CUDA device was found; use --device cpu")
-        if args.dim % args.heads:
-            raise BadInput(f"--heads {args.heads} does not divide --dim {args.dim}; change one of them")
         train(args)
-    except BadInput as error:
-        print(f"sasrec_teacher.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def number(kind, low, below=math.inf):
-    """A reader of `kind` numbers from `low` up to, but not, `below`, for argparse."""
-
-    def number(text):
-        if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {below:g})")
-        return kind(text)
-
-    return number
+    except OSError as error:  # a file that is not there, or a place that cannot be written
+        sys.exit(f"{error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,5 @@
 """data/prepare.py against oracles of its own: plain Python loops, sums by hand and simulation."""
 
-import csv
 import errno
 import gzip
 import hashlib
@@ -29,13 +28,21 @@ def pairs(path):
     return [tuple(map(int, line.split(" "))) for line in Path(path).read_text().splitlines()]
 
 
-def fails(capsys, argv, *needles):
-    """`argv` must end with status 2 and one line on stderr that has all of `needles`."""
-    assert prepare.main([str(word) for word in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("prepare.py: ") and error.count("\n") == 1, error
+def main(*words):
+    """Run prepare.py; a string may hold several options, and anything else is one."""
+    prepare.main(
+        [part for word in words for part in (word.split() if isinstance(word, str) else [str(word)])]
+    )
+
+
+def fails(words, *needles):
+    """The command must end with one line for stderr, status 1, that has all of `needles`."""
+    with pytest.raises(SystemExit) as ended:
+        main(*words)
+    said = ended.value.code
+    assert isinstance(said, str) and "\n" not in said
     for needle in needles:
-        assert str(needle) in error, error
+        assert str(needle) in said
 
 
 # ---- MovieLens-100K ---------------------------------------------------------------------------------------
@@ -64,7 +71,7 @@ def wheel(tmp_path, monkeypatch):
 
 def test_ml_100k_sorts_by_user_and_time_and_keeps_ties_and_ids(wheel, tmp_path, capsys):
     out = tmp_path / "ml.txt"
-    assert prepare.main(["ml-100k", "--wheel", str(wheel), "--out", str(out)]) == 0
+    main("ml-100k --wheel", wheel, "--out", out)
     # By number, not by text (10 after 2); at times 50 and 60 the order of the file.
     assert out.read_bytes() == b"2 3\n2 2\n2 1\n10 1\n10 3\n10 2\n"
     titles = Path(f"{out}.items.tsv").read_bytes()
@@ -81,7 +88,7 @@ def test_ml_100k_downloads_the_wheel_and_installs_nothing(wheel, tmp_path, monke
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    assert prepare.main(["ml-100k", "--out", str(tmp_path / "ml.txt")]) == 0
+    main("ml-100k --out", tmp_path / "ml.txt")
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in command and command[-1] == "recbole==1.2.1"
@@ -89,42 +96,30 @@ def test_ml_100k_downloads_the_wheel_and_installs_nothing(wheel, tmp_path, monke
     assert len(pairs(tmp_path / "ml.txt")) == 6
 
 
-@pytest.mark.parametrize("member", [INTERACTIONS, TITLES])
-def test_ml_100k_refuses_a_wheel_with_the_wrong_checksum(member, wheel, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(prepare.SHA256, member, "0" * 64)
+@pytest.mark.parametrize("kind", ["missing", "no zip", "no members", "cut", "other", "other titles"])
+def test_ml_100k_refuses_a_file_that_is_no_such_wheel(kind, wheel, tmp_path, monkeypatch):
     out = tmp_path / "ml.txt"
     out.write_text("old")
-    fails(capsys, ["ml-100k", "--wheel", wheel, "--out", out], wheel, member, "SHA-256", "pip download")
-    assert out.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ml.txt", wheel.name]
-
-
-@pytest.mark.parametrize("kind", ["missing", "not a zip", "without the members", "cut short"])
-def test_ml_100k_refuses_a_file_that_is_no_such_wheel(kind, wheel, tmp_path, capsys):
-    if kind == "missing":
-        wheel.unlink()
-    elif kind == "not a zip":
-        wheel.write_text("not a wheel")
-    elif kind == "without the members":
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("other.txt", "")
-    else:
-        wheel.write_bytes(wheel.read_bytes()[:-30])
-    fails(capsys, ["ml-100k", "--wheel", wheel, "--out", tmp_path / "ml.txt"], wheel, "pip download")
-    assert not (tmp_path / "ml.txt").exists()
+    spoil = {
+        "missing": wheel.unlink,
+        "no zip": lambda: wheel.write_text("not a wheel"),
+        "no members": lambda: zipfile.ZipFile(wheel, "w").close(),
+        "cut": lambda: wheel.write_bytes(wheel.read_bytes()[:-30]),
+        "other": lambda: monkeypatch.setitem(prepare.SHA256, INTERACTIONS, "0" * 64),
+        "other titles": lambda: monkeypatch.setitem(prepare.SHA256, TITLES, "0" * 64),
+    }
+    spoil[kind]()
+    fails(["ml-100k --wheel", wheel, "--out", out], wheel, "SHA-256" if kind.startswith("other") else "")
+    assert out.read_text() == "old" and {*tmp_path.iterdir()} <= {out, wheel}
 
 
 def test_ml_100k_without_a_network_says_so_in_one_line(tmp_path):
-    out, empty = tmp_path / "ml.txt", tmp_path / "empty"
-    out.write_text("old")
-    empty.mkdir()
-    offline = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(empty)}
-    command = [sys.executable, str(SCRIPT), "ml-100k", "--out", str(out)]
+    offline = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    command = [sys.executable, SCRIPT, "ml-100k", "--out", tmp_path / "ml.txt"]
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("prepare.py: pip could not fetch") and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("pip could not fetch") and done.stderr.count("\n") == 1
     assert "No matching distribution" in done.stderr and "--wheel" in done.stderr
-    assert out.read_text() == "old"
 
 
 # ---- Synthetic scenes -------------------------------------------------------------------------------------
@@ -160,9 +155,11 @@ def rank_of(scores, target, seen):
     return 1 + better + sum(score == scores[target] for score in others) / 2
 
 
-def assert_within_three_errors(samples, expected):
-    samples = np.asarray(samples, dtype=float)
-    assert abs(samples.mean() - expected) < 3 * samples.std() / np.sqrt(len(samples))
+def assert_scores(ranks, best):
+    """HR@10 and NDCG@10 of `ranks` must lie within three standard errors of `best`."""
+    hits = np.array(ranks) <= 10
+    for samples, expected in zip((hits, hits / np.log2(np.array(ranks) + 1)), best, strict=True):
+        assert abs(samples.mean() - expected) < 3 * samples.std() / np.sqrt(len(samples))
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -189,9 +186,8 @@ def test_a_world_is_zipf_with_four_other_successors_and_even_groups():
 
 def test_best_possible_by_hand():
     p = np.array([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]])
-    hr, ndcg = prepare.best_possible(p, at=2)
-    assert hr == pytest.approx((0.8 + 1) / 2)
-    assert ndcg == pytest.approx((0.5 + 0.3 / np.log2(3) + 1) / 2)
+    by_hand = (0.8 + 1) / 2, (0.5 + 0.3 / np.log2(3) + 1) / 2
+    assert prepare.best_possible(p, at=2) == pytest.approx(by_hand)
     assert prepare.best_possible(p, at=10)[0] == pytest.approx(1)  # fewer items than `at`
 
 
@@ -200,38 +196,31 @@ def test_the_best_possible_figure_is_what_an_oracle_scores_in_simulation(scene):
     rng = np.random.default_rng(2)
     world = prepare.make_world(scene, 60, 2, 0.4, rng)
     histories, tastes, best = prepare.simulate(world, 40, 9, rng)
-    hits, gains, popular = [], [], []
+    ranks, popular, by_popularity = [], [], dict(enumerate(world.popularity, 1))
     for history, taste in zip(histories[:, :-1].tolist(), tastes, strict=True):
         p = reference(world, history, taste)
         rank = {item: rank_of(p, item, history) for item in p if p[item]}
-        by_popularity = dict(enumerate(world.popularity, 1))
         for item in rng.choice(list(p), size=500, p=list(p.values())):
-            hits.append(rank[item] <= 10)
-            gains.append((rank[item] <= 10) / np.log2(rank[item] + 1))
+            ranks.append(rank[item])
             popular.append(rank_of(by_popularity, item, history) <= 10)
-    assert_within_three_errors(hits, best[0])
-    assert_within_three_errors(gains, best[1])
+    assert_scores(ranks, best)
     assert np.mean(popular) < best[0] - 0.05  # another ranking gets less
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_the_printed_figure_is_that_of_the_written_file(scene, tmp_path, capsys):
     out = tmp_path / "scene.txt"
-    options = ["--scene", scene, "--lag", "2", "--users", "1500", "--items", "30", "--length", "6"]
-    options += ["--noise", "0.3", "--seed", "7"]
-    assert prepare.main(["synthetic", *options, "--out", str(out)]) == 0
-    hr, ndcg = map(float, re.search(r"HR@10 ([\d.]+), NDCG@10 ([\d.]+)", capsys.readouterr().out).groups())
+    size = "--lag 2 --users 1500 --items 30 --length 6 --noise 0.3 --seed 7"
+    main("synthetic --scene", scene, size, "--out", out)
+    best = re.search(r"HR@10 ([\d.]+), NDCG@10 ([\d.]+)", capsys.readouterr().out).groups()
     rng = np.random.default_rng(7)
     world = prepare.make_world(scene, 30, 2, 0.3, rng)
     histories, tastes, _ = prepare.simulate(world, 1500, 6, rng)
     assert pairs(out) == [(user, item) for user, row in enumerate(histories, 1) for item in row]
-    hits, gains = [], []
-    for (*history, target), taste in zip(histories.tolist(), tastes, strict=True):
-        rank = rank_of(reference(world, history, taste), target, history)
-        hits.append(rank <= 10)
-        gains.append((rank <= 10) / np.log2(rank + 1))
-    assert_within_three_errors(hits, hr)
-    assert_within_three_errors(gains, ndcg)
+    cases = zip(histories.tolist(), tastes, strict=True)
+    assert_scores(
+        [rank_of(reference(world, h[:-1], taste), h[-1], h[:-1]) for h, taste in cases], map(float, best)
+    )
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -263,63 +252,51 @@ def test_lag_is_where_the_structure_stands(lag):
     histories, _, _ = prepare.simulate(world, 400, 20, rng)
     shares = []
     for other in range(8):
-        hits = [
-            row[t] - 1 in world.successors[row[t - 1 - other] - 1] for row in histories for t in range(10, 20)
-        ]
-        shares.append(np.mean(hits))
+        causes = world.successors[histories[:, 9 - other : 19 - other] - 1]  # [U, 10, 4]
+        shares.append((causes == histories[:, 10:, None] - 1).any(axis=2).mean())
     assert shares.pop(lag) > 0.8  # 0.9 less what is lost to items that the user has had
     assert max(shares) < 0.08  # chance: four successors of 200, more for popular ones
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_synthetic_is_the_same_byte_for_byte_and_in_slices(scene, tmp_path, monkeypatch, capsys):
-    def make(name, seed):
-        options = ["--scene", scene, "--users", "50", "--items", "30", "--length", "8", "--seed", seed]
-        assert prepare.main(["synthetic", *options, "--out", str(tmp_path / name)]) == 0
-        return (tmp_path / name).read_bytes(), capsys.readouterr().out.splitlines()[-1]
+    def make(seed):
+        size = f"--users 50 --items 30 --length 8 --seed {seed}"
+        main("synthetic --scene", scene, size, "--out", tmp_path / "x")
+        return (tmp_path / "x").read_bytes(), capsys.readouterr().out
 
-    whole = make("a.txt", "5")
-    assert make("b.txt", "5") == whole
-    assert make("c.txt", "6")[0] != whole[0]
+    whole = make(5)
+    assert make(5) == whole
+    assert make(6)[0] != whole[0]
     monkeypatch.setattr(prepare, "SLICE", 30 * 7)  # 7 users at a time; the last slice has 1
-    assert make("d.txt", "5") == whole
+    assert make(5) == whole
 
 
 def test_synthetic_defaults_give_full_histories_without_repeats(tmp_path, capsys):
-    out = tmp_path / "taste.npy"
-    assert prepare.main(["synthetic", "--scene", "taste", "--out", str(out)]) == 0
+    out = tmp_path / "a" / "b" / "taste.npy"  # the folders are made
+    main("synthetic --scene taste --out", out)
     table = np.load(out, mmap_mode="r")
     assert table.dtype == np.int64 and table.shape == (60_000, 2)
     assert len({tuple(row) for row in table.tolist()}) == 60_000  # no user has an item twice
     assert (table.min(axis=0) == 1).all() and (table.max(axis=0) == [2000, 200]).all()
+    assert [path.name for path in out.parent.iterdir()] == ["taste.npy"]
     assert "2,000 users, 200 items, 60,000 interactions" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "options, needle",
-    [
-        (["--users", 0], "--users is 0"),
-        (["--length", 2], "--length is 2"),
-        (["--items", 29], "--items is 29"),
-        (["--items", 4, "--length", 3], "--items is 4"),
-        (["--noise", 0], "--noise is 0.0"),
-        (["--noise", 1.1], "--noise is 1.1"),
-        (["--noise", "nan"], "--noise is nan"),
-        (["--lag", 0], "--lag is 0"),
-        (["--lag", 29], "--lag is 29"),
-        (["--seed", -1], "--seed is -1"),
-        (["--out", "."], "names no file"),
-    ],
-)
-def test_synthetic_refuses_what_makes_no_scene(options, needle, tmp_path, capsys):
-    fails(capsys, ["synthetic", "--scene", "lag", "--out", tmp_path / "x.txt", *options], needle, "give")
+OUTSIDE = ["--users 0", "--length 2", "--items 29", "--items 4 --length 3", "--noise 0", "--noise 1.1"]
+OUTSIDE += ["--noise nan", "--lag 0", "--lag 29", "--seed -1", "--out ."]
+
+
+@pytest.mark.parametrize("options", OUTSIDE)
+def test_synthetic_refuses_what_makes_no_scene(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(["synthetic --scene lag --out x.txt", options], *options.split()[:2], "give")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("extreme", [["--lag", 28], ["--length", 200, "--users", 5], ["--noise", 1]])
+@pytest.mark.parametrize("extreme", ["--lag 28", "--length 200 --users 5", "--noise 1"])
 def test_synthetic_runs_at_the_limits(extreme, tmp_path):
-    options = ["--users", 20, "--scene", "lag", *extreme, "--out", tmp_path / "x.txt"]
-    assert prepare.main(["synthetic", *map(str, options)]) == 0
+    main("synthetic --users 20 --scene lag", extreme, "--out", tmp_path / "x.txt")
 
 
 # ---- Any rating log ---------------------------------------------------------------------------------------
@@ -346,54 +323,62 @@ def convert_slowly(rows, event=None, min_rating=None, k=1, timed=True):
 def random_log(seed):
     """900 rows (user, item, rating, time, event) with repeats, and with few times so that there are ties."""
     random.seed(seed)
-    return [
-        (
-            f"u{random.randrange(60)}",
-            f"i{random.randrange(70)}",
-            random.choice([1, 2.5, 4, 5]),
-            random.randrange(30),
-            random.choice(["view", "view", "buy"]),
-        )
-        for _ in range(900)
-    ]
+    draw = random.randrange
+    stars, kinds = [1, 2.5, 4, 5], ["view", "view", "buy"]
+    return [(f"u{draw(60)}", f"i{draw(70)}", stars[draw(4)], draw(30), kinds[draw(3)]) for _ in range(900)]
 
 
-@pytest.mark.parametrize("separator", [",", "tab", "\t", "::"])
+def pack(path, content):
+    """Write the bytes `content` in the way that the name of `path` says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("folder/", "")
+            archive.writestr("folder/log.csv", content)
+    else:
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("separator", [",", "\t", "::", ";", "|", " ", "^", "tab"])
 @pytest.mark.parametrize("header", [True, False])
-@pytest.mark.parametrize("end", [".csv", ".gz"])
+@pytest.mark.parametrize("end", [".csv", ".gz", ".zip"])
 def test_convert_agrees_with_a_plain_reference(separator, header, end, tmp_path, capsys):
-    rows = random_log(1)
-    mark = "\t" if separator == "tab" else separator
-    lines = [mark.join(map(str, [row[3], row[0], row[4], row[2], row[1]])) for row in rows]
-    if header:
-        lines.insert(0, mark.join(["when", "who", "kind", "stars", "what"]))
-    text = "\n".join(lines) + "\n"
+    rows, names = random_log(1), "when who kind stars what"
+    given = f"--separator {separator}" if separator in ("^", "tab") else ""  # others are found
+    separator = "\t" if separator == "tab" else separator
+    lines = [separator.join(map(str, [row[3], row[0], row[4], row[2], row[1]])) for row in rows]
     log, out = tmp_path / f"log{end}", tmp_path / "out.txt"
-    log.write_bytes(gzip.compress(text.encode()) if end == ".gz" else text.encode())
-    when, user, kind, rating, item = ("when who kind stars what" if header else "1 2 3 4 5").split()
-    options = f"--user {user} --item {item} --time {when} --rating {rating} --event-column {kind}"
-    options += f" --event view --min-rating 2.5 --k-core 4 --out {out}"
-    assert prepare.main(["convert", str(log), "--separator", separator, *options.split()]) == 0
+    pack(log, "\n".join([separator.join(names.split())] * header + lines).encode())
+    when, user, kind, rating, item = (names if header else "1 2 3 4 5").split()
+    options = f"--user {user} --item {item} --time {when} --rating {rating} --event-column {kind} {given}"
+    main("convert", log, options, "--event view --min-rating 2.5 --k-core 4 --out", out)
     table, users, items = convert_slowly(rows, event="view", min_rating=2.5, k=4)
     uncut = convert_slowly(rows, event="view", min_rating=2.5)[0]
     assert len(uncut) > len(table) > 0  # the core cuts
     assert pairs(out) == table
     assert Path(f"{out}.users.tsv").read_text() == users
     assert Path(f"{out}.items.tsv").read_text() == items
-    assert f"{len(table):,} interactions" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{len(table):,} interactions" in said.out and not said.err
 
 
 @pytest.mark.parametrize("timed", [True, False])
-def test_convert_needs_no_filter_and_no_time_and_keeps_repeats(timed, tmp_path):
+@pytest.mark.parametrize("dedupe, k", [(False, 1), (True, 1), (True, 7)])
+def test_convert_without_filters_without_time_and_without_repeats(timed, dedupe, k, tmp_path):
     rows = random_log(2)
-    log = tmp_path / "log.csv"
-    with open(log, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    argv = ["convert", str(log), "--user", "1", "--item", "2", *(["--time", "4"] if timed else [])]
-    assert prepare.main([*argv, "--out", str(tmp_path / "out.npy")]) == 0
-    table = np.load(tmp_path / "out.npy")
-    assert table.dtype == np.int64 and table.shape == (900, 2) and len(np.unique(table, axis=0)) < 900
-    assert list(map(tuple, table.tolist())) == convert_slowly(rows, timed=timed)[0]
+    log, out = tmp_path / "log.csv", tmp_path / "out.npy"
+    log.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    options = f"--user 1 --item 2 --k-core {k}" + " --time 4" * timed + " --dedupe" * dedupe
+    main("convert", log, options, "--out", out)
+    if dedupe:
+        first = {}
+        for row in sorted(rows, key=lambda row: row[3] * timed):  # sorted() keeps ties
+            first.setdefault(row[:2], row)
+        kept = {id(row) for row in first.values()}
+        rows = [row for row in rows if id(row) in kept]
+    table = np.load(out)
+    assert table.dtype == np.int64 and len(table) > 0
+    assert (len(np.unique(table, axis=0)) == len(table)) == dedupe
+    assert list(map(tuple, table.tolist())) == convert_slowly(rows, k=k, timed=timed)[0]
 
 
 def test_k_core_goes_on_until_nothing_changes():
@@ -405,51 +390,81 @@ def test_k_core_goes_on_until_nothing_changes():
     assert prepare.k_core(users, items, 3).tolist() == []
 
 
-def converted(tmp_path, content, *options):
+def converted(tmp_path, content, options=""):
     """What `convert` makes of the bytes `content` with columns 1 user, 2 item: the table and both maps."""
     log, out = tmp_path / "log.csv", tmp_path / "out.txt"
     log.write_bytes(content)
-    assert prepare.main(["convert", str(log), "--user", "1", "--item", "2", *options, "--out", str(out)]) == 0
+    main("convert", log, "--user 1 --item 2", options, "--out", out)
     return pairs(out), *(Path(f"{out}.{side}.tsv").read_bytes() for side in ("users", "items"))
 
 
-@pytest.mark.parametrize(
-    "times, order",
-    [
-        (["1600000000000000002", "1600000000000000001", "1600000000000000003"], [2, 1, 3]),  # nanoseconds
-        (["20", "3.5", "3"], [3, 2, 1]),
-        (["3.5", "1e1", "-1"], [3, 1, 2]),
-        (["7", "7.0", "7"], [1, 2, 3]),
-    ],
-)
-def test_times_are_numbers_and_exact(times, order, tmp_path):
-    log = "".join(f"a,{item},{time}\n" for item, time in zip("xyz", times, strict=True))
-    table, _, _ = converted(tmp_path, log.encode(), "--time", "3")
+TIMES = [  # three times, and their order
+    ("1600000000000000002 1600000000000000001 1600000000000000003", [2, 1, 3]),  # nanoseconds
+    ("20 3.5 3", [3, 2, 1]),
+    ("3.5 1e1 -1", [3, 1, 2]),
+    ("7 7.0 7", [1, 2, 3]),
+    ("2014-04-07T10:51:09.277Z 2014-04-07T10:51:09.276Z 2014-04-06", [3, 2, 1]),
+    ("2020-01-01T01:00:00+02:00 2020-01-01T00:00:00 2019-12-31T22:59:59", [3, 1, 2]),  # no zone is UTC
+    ("2017-04-20_00:05:15_UTC 2017-04-20_01:05:14+01:00 2017-04-20", [3, 2, 1]),
+]
+
+
+@pytest.mark.parametrize("times, order", TIMES)
+def test_times_are_numbers_or_dates_and_exact(times, order, tmp_path):
+    log = "".join(f"a,{item},{time}\n" for item, time in zip("xyz", times.split(), strict=True))
+    table, _, _ = converted(tmp_path, log.replace("_", " ").encode(), "--time 3")
     assert table == [(1, item) for item in order]
 
 
-def test_ids_count_by_first_appearance_among_the_rows_that_stay(tmp_path):
+NOTES = [  # a log, options, how many rows it makes, what is said on stderr
+    (b"user,item,time\na,x,1\nb,y,2\n", "--time 3", 2, ["log.csv", "line 1", "header"]),
+    (b"\nuser;item\n1;5\n2;5\n", "", 2, ["log.csv", "line 2", "header"]),
+    (b"user,item,rating\na,x,5\n", "--rating 3 --min-rating 1", 1, ["line 1", "header"]),
+    (b"ann,mug\n5,pen\n", "", 2, []),
+    (b"ann,mug,1\nbob2,pen2,2\n", "--time 3", 2, []),
+    (b"a,1\nb,2\nb,1.0\n", "", 3, ["items 1 and 1.0", "same number"]),
+    (b"07,1\n7,2\n70,1\n", "", 3, ["users 07 and 7", "same number"]),
+    (b"1,a1\n10,a1.0\n100,a01\n", "", 3, []),
+    (b"a,1\nb,1.0\na,2\nb,2\na,3\nb,3\n", "--k-core 2", 4, []),  # 1 and 1.0 go
+    (b"a,x,1\nb,y\n,y,1\nc,y,noon\nd,z,4\n", "--time 3 --skip-bad", 2, ["3 bad", "log.csv, line 2", "has 3"]),
+    (b'a,x\n"b"b,y\nc,y\n', "--skip-bad", 2, ["1 bad", "line 2"]),
+    (b'a,x\nb,"y\nc,y\n', "--skip-bad", 1, ["2 bad", "line 2"]),  # the open quote takes the last line too
+    (b"a,x\n", "--skip-bad", 1, []),
+]
+
+
+@pytest.mark.parametrize("content, options, rows, needles", NOTES)
+def test_what_is_told_in_one_line(content, options, rows, needles, tmp_path, capsys):
+    assert len(converted(tmp_path, content, options)[0]) == rows
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(needles)
+    for needle in needles:
+        assert needle in said
+
+
+CONVERTED = {  # content, options, the table, the users' and the items' original ids
     # b comes first in the file, but its row with x goes, and with it a's row comes before b's.
-    table, users, items = converted(tmp_path, b"b,x\na,y\nb,y\na,z\nb,z\n", "--k-core", "2")
-    assert (table, users, items) == ([(1, 1), (1, 2), (2, 1), (2, 2)], b"1\ta\n2\tb\n", b"1\ty\n2\tz\n")
+    "ids": (b"b,x\na,y\nb,y\na,z\nb,z\n", "--k-core 2", "1 1 1 2 2 1 2 2", b"a b", b"y z"),
+    "skipped": (b"a,x,1\nb,y,noon\na,,2\na,z,0\n", "--time 3 --skip-bad", "1 2 1 1", b"a", b"x z"),
+    "rating": (b"a,x,3.9\nb,x,4\nc,x,4.0\n", "--rating 3 --min-rating 4", "1 1 2 1", b"b c", b"x"),
+    "quotes": (b'"Do,e",x\n a ,"say""hi"""\na,y\n', "", "1 1 2 2 2 3", b"Do,e a", b'x say"hi" y'),
+    "line ends": (b"a,x\r\n\r\nb,x\r\n", "", "1 1 2 1", b"a b", b"x"),
+    "mark and latin-1": (b"\xef\xbb\xbfa,caf\xe9\n", "", "1 1", b"a", b"caf\xe9"),
+    "quotes between ::": (b'"a::x\nb"c::x\n', "", "1 1 2 1", b'"a b"c', b"x"),
+    "colons": (b"a::1:2::x\n", "", "1 1", b"a", b"1:2"),
+    "commas in numbers": (b"a;1,5;2,5\n", "", "1 1", b"a", b"1,5"),
+    "separators in quotes": (b'"a;b;c;d","x",3\n', "", "1 1", b"a;b;c;d", b"x"),
+    "colons and spaces in a date": (b"a,x,2020-01-01 10:00:00 UTC\n", "", "1 1", b"a", b"x"),
+}
 
 
-def test_quotes_blank_lines_line_ends_marks_and_odd_bytes(tmp_path):
-    content = b'\xef\xbb\xbf"Doe, J",x\r\n\r\n Ann ,"say ""hi"""\r\nAnn,caf\xe9\r\n'
-    table, users, items = converted(tmp_path, content)
-    assert table == [(1, 1), (2, 2), (2, 3)]
-    assert users == b"1\tDoe, J\n2\tAnn\n"
-    assert items == b'1\tx\n2\tsay "hi"\n3\tcaf\xe9\n'  # latin-1 as it came
-
-
-def test_double_colons_take_quotes_as_they_are(tmp_path):
-    table, users, _ = converted(tmp_path, b'"a::x\nb"c::x\n', "--separator", "::")
-    assert (table, users) == ([(1, 1), (2, 1)], b'1\t"a\n2\tb"c\n')
-
-
-def test_rating_at_the_limit_is_kept(tmp_path):
-    table, users, _ = converted(tmp_path, b"a,x,3.9\nb,x,4\nc,x,4.0\n", "--rating", "3", "--min-rating", "4")
-    assert users == b"1\tb\n2\tc\n"
+@pytest.mark.parametrize("case", CONVERTED)
+def test_small_logs(case, tmp_path):
+    content, options, table, *names = CONVERTED[case]
+    found, *maps = converted(tmp_path, content, options)
+    assert " ".join(f"{user} {item}" for user, item in found) == table
+    for side, ids in zip(maps, names, strict=True):
+        assert side == b"".join(b"%d\t%s\n" % pair for pair in enumerate(ids.split(), 1))
 
 
 def test_the_readme_example(tmp_path, monkeypatch):
@@ -458,7 +473,7 @@ def test_the_readme_example(tmp_path, monkeypatch):
     command = re.search(r"`python data/prepare.py (convert log.csv .*?)`", readme, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     Path("log.csv").write_text(log)
-    assert prepare.main(command.split()) == 0
+    main(command)
     assert Path("log.txt").read_text() == table and table.count("\n") == 10
     assert Path("log.txt.items.tsv").read_text() == "1\tmug\n2\tpen\n3\tcup\n4\tlamp\n"
 
@@ -466,62 +481,80 @@ def test_the_readme_example(tmp_path, monkeypatch):
 def test_two_hundred_thousand_rows_in_a_fifth_of_15_seconds(tmp_path):
     rows = "".join(f"user{n * 7919 % 50_000},item{n * 104729 % 20_011},{n % 999}.5\n" for n in range(200_000))
     started = time.process_time()
-    table, _, _ = converted(tmp_path, rows.encode(), "--time", "3", "--k-core", "2")
+    table, _, _ = converted(tmp_path, rows.encode(), "--time 3 --k-core 2")
     assert time.process_time() - started < 3 and len(table) == 200_000
 
 
 BAD_LOGS = {  # content, options beyond --user 1 --item 2, what the message must have
-    "empty": (b"", [], ["it is empty"]),
-    "only blank lines": (b"\n\n", [], ["it is empty"]),
-    "only a header": (b"u,i\n", ["--user", "u"], ["no interaction is left"]),
-    "too few columns": (b"a,x\nb,y\n\nb\n", [], ["line 4", "1 column(s)", "has 2", "--separator"]),
-    "too many columns": (b"a,x\nb,y,z\n", [], ["line 2", "3 column(s)", "has 2"]),
-    "wrong separator": (b"a::x::1\n", [], ["line 1", "no column 2 for --item", "--separator"]),
-    "no such number": (b"a,x\n", ["--time", "3"], ["line 1", "no column 3 for --time"]),
-    "column 0": (b"a,x\n", ["--time", "0"], ["line 1", "no column 0 for --time"]),
-    "no such name": (b"u,i\na,x\n", ["--time", "when"], ["line 1", "no column when", "u, i"]),
-    "no event column": (b"u,i\na,x\n", ["--event", "view"], ["no column event for --event-column"]),
-    "header by number": (b"u,i,t\na,x,1\n", ["--time", "3"], ["line 1", "'t' is not a number", "header"]),
-    "time in words": (b"a,x,1\nb,x,noon\n", ["--time", "3"], ["line 2", "time 'noon' is not a number"]),
-    "time without end": (b"a,x,1\nb,x,nan\n", ["--time", "3"], ["line 2", "time 'nan'"]),
-    "time too large": (b"a,x,1\nb,x,99999999999999999999\n", ["--time", "3"], ["line 2"]),
-    "rating in words": (b"a,x,5\na,y,\n", ["--rating", "3", "--min-rating", "1"], ["line 2", "rating ''"]),
-    "user missing": (b"a,x\n,y\n", [], ["line 2", "user '' is empty"]),
-    "item missing": (b"a,x\nb, \n", [], ["line 2", "item '' is empty"]),
-    "line break in an id": (b'a,x\n"b\nc",y\n', [], ["line 2", "line break"]),
-    "tab in an id": (b"a,x\nb,x\ty\n", [], ["line 2", "tab"]),
-    "after a field of two lines": (b'a,x,"1\n2"\nb,y\n', [], ["line 3", "2 column(s)", "has 3"]),
-    "quote never closed": (b'a,x\n"b,y\nc,x\n', [], ["line 2", "quotes"]),
-    "nothing in the core": (b"a,x\nb,y\n", ["--k-core", "2"], ["no interaction is left", "--k-core 2"]),
-    "no such event": (b"u,i,event\na,x,buy\n", ["--user", "u", "--event", "view"], ["--event"]),
-    "rating without column": (b"a,x\n", ["--min-rating", "4"], ["--rating"]),
+    "empty": (b"", "", ["no column 1", "0 column(s)"]),
+    "only blank lines": (b"\n\n", "", ["no column 1", "0 column(s)"]),
+    "only a header": (b"u,i\n", "--user u", ["no interaction is left"]),
+    "too few columns": (b"a,x\nb,y\n\nb\n", "", ["line 4", "1 column(s)", "has 2", "--separator"]),
+    "too many columns": (b"a,x\nb,y,z\n", "", ["line 2", "3 column(s)", "has 2"]),
+    "wrong separator": (b"a::x::1\n", "--separator ,", ["no column 2 for --item", "--separator"]),
+    "no separator": (b"a-x\n", "", ["no column 2 for --item", "a-x", "--separator"]),
+    "separator of two": (b"a--x\n", "--separator xx", ["--separator"]),
+    "separator a quote": (b"a-x\n", '--separator "', ["--separator"]),
+    "no such number": (b"a,x\n", "--time 3", ["no column 3 for --time", "2 column(s)"]),
+    "column 0": (b"a,x\n", "--time 0", ["no column 0 for --time"]),
+    "no such name": (b"u,i\na,x\n", "--time when", ["no column when for --time", "'u', 'i'"]),
+    "no event column": (b"u,i\na,x\n", "--event view", ["no column event for --event-column"]),
+    "time in words": (b"a,x,1\nb,x,noon\n", "--time 3", ["line 2", "time 'noon'"]),
+    "no time in two lines": (b"a,x,noon\nb,x,nine\n", "--time 3", ["line 1", "time 'noon'"]),
+    "time without end": (b"a,x,1\nb,x,nan\n", "--time 3", ["line 2", "time 'nan'"]),
+    "time too large": (b"a,x,1\nb,x,99999999999999999999\n", "--time 3", ["line 2"]),
+    "no such date": (b"a,x,2020-01-31\nb,x,2020-02-31\n", "--time 3", ["line 2", "2020-02-31"]),
+    "dates and numbers": (b"a,x,2020-01-31\n\nb,x,5\n", "--time 3", ["line 3", "number", "date"]),
+    "rating in words": (b"a,x,5\na,y,so\n", "--rating 3 --min-rating 1", ["line 2", "'so'"]),
+    "user missing": (b"a,x\n,y\n", "", ["line 2", "'' is empty"]),
+    "item missing": (b"a,x\nb, \n", "", ["line 2", "'' is empty"]),
+    "line break in an id": (b'a,x\n"b\nc",y\n', "", ["line 2", "line break"]),
+    "tab in an id": (b"a,x\nb,x\ty\n", "", ["line 2", "tab"]),
+    "after a field of two lines": (b'a,x,"1\n2"\nb,y\n', "", ["line 3", "2 column(s)", "has 3"]),
+    "quote never closed": (b'a,x\n"b,y\nc,x\n', "", ["line 2", "end of data"]),
+    "all lines bad": (b",x\n,x\n", "--skip-bad", ["no interaction is left"]),
+    "nothing in the core": (b"a,x\nb,y\n", "--k-core 2", ["no interaction is left", "--k-core 2"]),
+    "no such event": (b"u,i,event\na,x,buy\n", "--user u --event view", ["--event"]),
+    "rating without column": (b"a,x\n", "--min-rating 4", ["no column rating for --rating"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_LOGS)
-def test_convert_refuses_bad_logs_and_overwrites_nothing(case, tmp_path, capsys):
+def test_convert_refuses_bad_logs_and_overwrites_nothing(case, tmp_path):
     content, options, needles = BAD_LOGS[case]
     log, out = tmp_path / "log.csv", tmp_path / "out.txt"
     log.write_bytes(content)
     old = {out: "old", Path(f"{out}.users.tsv"): "old users", Path(f"{out}.items.tsv"): "old items"}
     for path, text in old.items():
         path.write_text(text)
-    named = [] if case == "rating without column" else [log]
-    fails(capsys, ["convert", log, "--user", 1, "--item", 2, *options, "--out", out], *named, *needles)
+    named = [] if case.startswith("separator") else [log]
+    fails(["convert", log, "--user 1 --item 2", options, "--out", out], *named, *needles)
     assert {path: path.read_text() for path in old} == old
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("name", ["missing.csv", "folder", "plain.gz", "cut.gz", "spoilt.gz"])
-def test_convert_refuses_what_it_cannot_read(name, tmp_path, capsys):
+UNREADABLE = ["missing.csv", "folder", "plain.gz", "cut.gz", "spoilt.gz"]
+UNREADABLE += ["plain.zip", "none.zip", "two.zip", "secret.zip"]
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_convert_refuses_what_it_cannot_read(name, tmp_path):
     packed = bytearray(gzip.compress(b"a,x\n" * 9999))
     (tmp_path / "folder").mkdir()
     (tmp_path / "plain.gz").write_bytes(b"a,x\n")
+    (tmp_path / "plain.zip").write_bytes(b"a,x\n")
     (tmp_path / "cut.gz").write_bytes(packed[:40])
     packed[10] = 255  # no such kind of block
     (tmp_path / "spoilt.gz").write_bytes(packed)
+    for archive, members in [("none.zip", []), ("two.zip", ["a.csv", "b.csv"]), ("secret.zip", ["a.csv"])]:
+        with zipfile.ZipFile(tmp_path / archive, "w") as file:
+            for member in members:
+                file.writestr(member, "a,x\n")
+    secret = bytearray((tmp_path / "secret.zip").read_bytes())
+    secret[6] = secret[secret.index(b"PK\1\2") + 8] = 1  # says that it takes a password
+    (tmp_path / "secret.zip").write_bytes(secret)
     log, out = tmp_path / name, tmp_path / "out.txt"
-    fails(capsys, ["convert", log, "--user", 1, "--item", 2, "--out", out], log, "cannot read", "check")
+    fails(["convert", log, "--user 1 --item 2 --out", out], log, "a.csv, b.csv" if name == "two.zip" else "")
     assert not out.exists()
 
 
@@ -529,66 +562,48 @@ def test_convert_refuses_what_it_cannot_read(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_an_interrupted_write_leaves_the_old_file_whole(stop, tmp_path):
-    path = tmp_path / "log.txt"
-    path.write_text("old")
+@pytest.mark.parametrize(
+    "name, step", [("log.txt", "write_bytes"), ("log.npy", "write_bytes"), ("log.txt", "replace")]
+)
+def test_an_interrupted_write_leaves_the_old_file_whole(stop, name, step, tmp_path, monkeypatch):
+    out, write_bytes = tmp_path / name, Path.write_bytes
 
-    def write(temporary):
-        temporary.write_text("half")
+    def half(path, what):
+        if step == "write_bytes":
+            write_bytes(path, what[: len(what) // 2])
+        assert path != out
         raise stop
 
-    with pytest.raises(prepare.BadInput if isinstance(stop, OSError) else KeyboardInterrupt):
-        prepare.write_atomically(path, write)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("name", ["log.txt", "log.npy"])
-def test_a_command_killed_while_it_writes_leaves_the_old_file_whole(name, tmp_path):
-    """The process dies at its first rename, with everything written to the temporary file."""
-    out = tmp_path / name
     out.write_text("old")
-    code = "import os, sys, prepare; os.replace = lambda *_: os._exit(9); prepare.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "synthetic", "--scene", "taste", "--users", "9", "--out", str(out)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
-    assert done.returncode == 9 and out.read_text() == "old"
+    monkeypatch.setattr(Path, step, half)
+    with pytest.raises(SystemExit if isinstance(stop, OSError) else KeyboardInterrupt) as ended:
+        main("synthetic --scene taste --users 9 --out", out)
+    assert isinstance(stop, KeyboardInterrupt) or ended.value.code == f"{out}: No space left on device"
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("command", ["ml-100k", "synthetic", "convert"])
+@pytest.mark.parametrize("command", ["ml-100k --wheel", "synthetic --scene", "convert --user 1 --item 2"])
 @pytest.mark.parametrize("place", ["below a file", "a folder"])
-def test_out_that_cannot_be_written(command, place, wheel, tmp_path, capsys):
-    log = tmp_path / "log.csv"
+def test_out_that_cannot_be_written(command, place, wheel, tmp_path):
+    log, folder = tmp_path / "log.csv", tmp_path / "folder"
     log.write_text("a,x\n")
-    out = log / "out.txt" if place == "below a file" else tmp_path / "out.txt"
-    if place == "a folder":
-        out.mkdir()
-    options = {
-        "ml-100k": ["--wheel", wheel],
-        "synthetic": ["--scene", "markov", "--users", 9],
-        "convert": [log, "--user", 1, "--item", 2],
-    }
-    fails(capsys, [command, *options[command], "--out", out], f"cannot write {out}", "choose another --out")
-    assert log.read_text() == "a,x\n"
-    expected = {log, wheel} | ({out} if place == "a folder" else set())
-    assert set(tmp_path.iterdir()) == expected and (place != "a folder" or not list(out.iterdir()))
+    folder.mkdir()
+    source = {"m": wheel, "s": "markov", "c": log}[command[0]]
+    out = log / "out.txt" if place == "below a file" else folder
+    fails([command, source, "--out", out], f"{log if place == 'below a file' else folder}: ")
+    assert log.read_text() == "a,x\n" and {*tmp_path.glob("**/*")} == {log, wheel, folder}
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.csv.items.tsv"])
-def test_convert_never_overwrites_its_own_log(name, tmp_path, capsys):
+def test_convert_never_overwrites_its_own_log(name, tmp_path):
     log = tmp_path / name
     log.write_text("a,x\n")
-    options = ["--user", 1, "--item", 2, "--out", tmp_path / "log.csv"]
-    fails(capsys, ["convert", log, *options], log, "would overwrite", "choose another --out")
+    fails(["convert", log, "--user 1 --item 2 --out", tmp_path / "log.csv"], log, "would overwrite")
     assert log.read_text() == "a,x\n"
 
 
-def test_out_makes_its_parents(tmp_path):
-    out = tmp_path / "a" / "b" / "x.txt"
-    assert prepare.main(["synthetic", "--scene", "markov", "--users", "3", "--out", str(out)]) == 0
-    assert [path.name for path in out.parent.iterdir()] == ["x.txt"]
-
-
-@pytest.mark.parametrize("command", [[], ["ml-100k"], ["synthetic"], ["convert"]])
+@pytest.mark.parametrize("command", ["", "ml-100k", "synthetic", "convert"])
 def test_help_is_there(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        prepare.main([*command, "--help"])
+        main(command, "--help")
     assert ended.value.code == 0 and len(capsys.readouterr().out) > 200

@@ -69,15 +69,14 @@ class Operation(nn.Module):
 
     def __init__(self, name, dim):
         super().__init__()
-        self.name = name
+        self.name, self.dilation = name, 1 + name.startswith("dilated")
         if name in TAPS:
-            self.dilation = TAPS[name][-2]
             self.convolution = nn.Conv1d(dim, dim, len(TAPS[name]), dilation=self.dilation)
 
     def forward(self, x):
-        if self.name in TAPS and (self.training or self.dilation == 1):
+        if self.name in TAPS and self.dilation == 1:
             return self.convolution(F.pad(x, (TAPS[self.name][0], 0)))
-        if self.name in TAPS:  # the same as one product of matrices: torch's own is slow for a single history
+        if self.name in TAPS:  # as one product of matrices: torch's own is slow for a single history
             kernel = self.convolution.weight.transpose(1, 2).flatten(1)  # [d, k d]
             return kernel @ torch.cat(earlier(x, TAPS[self.name]), 1) + self.convolution.bias[:, None]
         if self.name == "avg_pool":  # torch's own pools do not export for histories of every length
@@ -174,22 +173,16 @@ class MixedEdges(nn.Module):
                 kernel.uniform_(-bound, bound)
                 self.biases[:, o].uniform_(-bound, bound)
         taps = torch.tensor([(o, REACH - back) for o, backs in enumerate(TAPS.values()) for back in backs])
-        self.register_buffer("operation", taps[:, 0])  # the operation that a tap is of
-        self.register_buffer(
-            "place", F.one_hot(taps[:, 1], REACH + 1).float()
-        )  # where the merged kernel has it
-        self.register_buffer(
-            "pool", (torch.arange(REACH + 1) > REACH - POOL) / POOL
-        )  # the average pool's kernel
+        self.register_buffer("operation", taps[:, 0])  # which operation a tap is of,
+        self.register_buffer("place", F.one_hot(taps[:, 1], REACH + 1).float())  # and its place when merged
+        self.register_buffer("average", (torch.arange(REACH + 1) > REACH - POOL) / POOL)
         self.register_buffer("eye", torch.eye(dim))  # average pool and skip mix no channels
 
     def merge(self, y):
         """The one kernel [targets, d, d, REACH + 1] and bias [targets, d] of choice y [targets, |O|]."""
         kernel = (self.kernels * y[:, None, None, self.operation]) @ self.place
         average, skip = (y[:, [OPERATIONS.index(o)]] for o in ("avg_pool", "skip"))
-        by_channel = (
-            average * self.pool + skip * self.place[-1]
-        )  # [targets, REACH + 1]; the last tap is x itself
+        by_channel = average * self.average + skip * self.place[-1]  # [targets, REACH + 1]
         kernel = kernel + self.eye[:, :, None] * by_channel[:, None, None]
         return kernel, torch.einsum("jo,jod->jd", y[:, : len(TAPS)], self.biases)
 
@@ -269,9 +262,8 @@ def derive(supernet, edges, dropout):
     """The student with operations `edges` on a supernet's cells, and the weights it has there."""
     cells = [cell.derive(edges) for cell in supernet.cells]
     student = Student(len(supernet.M.weight) - 1, len(supernet.P), supernet.M.embedding_dim, cells, dropout)
-    student.M, student.P, student.norm = (
-        copy.deepcopy(part) for part in (supernet.M, supernet.P, supernet.norm)
-    )
+    for part in ("M", "P", "norm"):
+        setattr(student, part, copy.deepcopy(getattr(supernet, part)))
     return student.to(supernet.P.device)
 
 
@@ -292,10 +284,9 @@ def operation_costs(dim, nodes):
 
     A pool counts a multiply-add for each of the items it looks at, skip and none nothing.
     """
-    parameters = [len(TAPS[o]) * dim * dim + dim if o in TAPS else 0 for o in OPERATIONS]
-    multiply_adds = [
-        len(TAPS[o]) * dim * dim if o in TAPS else POOL * dim * o.endswith("pool") for o in OPERATIONS
-    ]
+    kernels = [len(TAPS.get(o, ())) * dim * dim for o in OPERATIONS]
+    parameters = [kernel + dim * (o in TAPS) for kernel, o in zip(kernels, OPERATIONS, strict=True)]
+    multiply_adds = [k + POOL * dim * o.endswith("pool") for k, o in zip(kernels, OPERATIONS, strict=True)]
     shares = [torch.tensor(n, dtype=torch.float64) / max(n) for n in (parameters, multiply_adds)]
     return (shares[0] + shares[1]) / 2 / edge_index(0, nodes + 1)
 
@@ -363,16 +354,11 @@ def transport(student_weights, teacher_weights, distance):
     """
     if not np.isfinite(distance).all():
         sys.exit("a distance between layers is not finite; lower --learning-rate")
-    row_sums = np.kron(
-        np.eye(len(student_weights)), np.ones(len(teacher_weights))
-    )  # of a flow, row after row
-    column_sums = np.kron(np.ones(len(student_weights)), np.eye(len(teacher_weights)))
-    solved = linprog(
-        distance.ravel() / max(np.abs(distance).max(), 1e-300),  # of a size that suits the solver's tolerance
-        A_eq=np.vstack([row_sums, column_sums[:-1]]),  # the last column's sum follows from the others
-        b_eq=np.concatenate([student_weights, teacher_weights[:-1]]),
-        method="highs",
-    )
+    rows, columns = distance.shape
+    # sums of the flow, row after row: its rows, and its columns but the last, which follows from the others
+    A = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))[:-1]])
+    b = np.concatenate([student_weights, teacher_weights[:-1]])
+    solved = linprog(distance.ravel() / max(np.abs(distance).max(), 1e-300), A_eq=A, b_eq=b, method="highs")
     if solved.status != 0:
         sys.exit(f"the transport between layers could not be solved: {solved.message}")
     return solved.x.reshape(distance.shape)
@@ -551,16 +537,15 @@ def save_student(args, student, edges, max_length, validation):
 def build(args):
     """No search: write --architecture, or one that is drawn by --random, with random weights."""
     torch.manual_seed(args.seed)
-    items = read_interactions(args.data)[2]
+    cells, dim, max_length = args.cells, args.dim, args.max_length or 50
     if args.architecture:
         cells, dim, edges = read_architecture(args.architecture)
     else:
-        cells, dim, costs = args.cells, args.dim, operation_costs(args.dim, args.nodes).numpy()
+        costs = operation_costs(dim, args.nodes).numpy()
         edges = random_edges(args.nodes, costs, args.random, np.random.default_rng(args.seed))
-    student = Student(
-        int(items.max()), args.max_length or 50, dim, [Cell(dim, edges) for _ in range(cells)], args.dropout
-    )
-    save_student(args, student, edges, args.max_length or 50, None)
+    item_count = int(read_interactions(args.data)[2].max())
+    student = Student(item_count, max_length, dim, [Cell(dim, edges) for _ in range(cells)], args.dropout)
+    save_student(args, student, edges, max_length, None)
 
 
 def at_real(made, real):
@@ -786,7 +771,7 @@ def main(argv=None):
     add = parser.add_argument
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
     add("--teacher", help="model file to learn from; none: gamma is 0. Load only trusted ones")
-    add("--out", required=True, help="architecture to write, as runs/architecture.json; .pt2 comes beside it")
+    add("--out", required=True, help="architecture to write, as runs/architecture.json, and .pt2 beside it")
     add("--architecture", help="no search: give this architecture random weights")
     cost = "no search: draw an architecture, of any cost or one within 10 %% of COST, with random weights"
     add("--random", type=float, nargs="?", const=math.nan, metavar="COST", help=cost)
@@ -796,9 +781,7 @@ def main(argv=None):
     add("--max-length", type=int, help="most recent items that the student sees; the teacher's, or 50")
     add("--dropout", type=float, default=0.2, help="share of units dropped before and after the cells")
     add("--gamma", type=float, default=0.5, help="weight of L_KD; that of L_CE is 1 - gamma")
-    add(
-        "--beta", type=float, default=0.3, help="weight of L_cost: loss accepted for the dearest architecture"
-    )
+    add("--beta", type=float, default=0.3, help="weight of L_cost, which is 1 for the dearest architecture")
     relaxation = "gumbel: one operation an edge and step, drawn; softmax: DARTS's mixture of all"
     add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help=relaxation)
     rate = "of AdamW on alpha; 2e-5 in the published code, where alpha stays near its start"
@@ -811,10 +794,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not (0 <= args.gamma <= 1 and args.beta >= 0 and args.epochs >= 1 and args.out.endswith(".json")):
-        parser.error(
-            "--gamma must lie in [0, 1], --beta be 0 or more, --epochs 1 or more, --out end in .json"
-        )
+    if not 0 <= args.gamma <= 1 or args.epochs < 1 or not args.out.endswith(".json"):
+        parser.error("--gamma must lie in [0, 1], --epochs be 1 or more, --out end in .json")
     try:
         build(args) if args.architecture or args.random is not None else search(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

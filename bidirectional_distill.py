@@ -220,10 +220,8 @@ class Learner:
 
     def restart(self, args):
         """A new optimizer and no best epoch yet, as bidirectional training begins."""
-        self.best, rate = None, args.learning_rate
-        self.adam = torch.optim.Adam(
-            self.model.parameters(), rate, weight_decay=args.weight_decay, fused=True
-        )
+        self.best, rates = None, {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        self.adam = torch.optim.Adam(self.model.parameters(), **rates, fused=True)
 
     def step(self, loss):
         """Follow the gradient of `loss`."""
@@ -270,12 +268,8 @@ def train(args):
     began = shown = time.time()
     torch.manual_seed(args.seed)
     data = user_ids, starts, items = read_interactions(args.data)
-    k, last_ids, max_length = (
-        args.samples,
-        (int(user_ids.max()), int(items.max())),
-        int(np.diff(starts).max()),
-    )
-    programs = []
+    last_ids, k = (int(user_ids.max()), int(items.max())), args.samples
+    programs, max_length = [], int(np.diff(starts).max())
     for kind, dim in zip(KINDS, args.dims, strict=True):
         if args.teacher:
             program, config = load_model(vars(args)[kind], *last_ids, args.data)
@@ -293,9 +287,7 @@ def train(args):
         rows = np.repeat(users, end - begin), pairs, pairs + 1
     observed = (rows[2] - rows[1] - (args.base == "sequence")).sum()
     sizes = " and ".join(f"{sum(p.numel() for p in learner.model.parameters()):,}" for learner in both)
-    print(
-        f"{args.data}: {len(user_ids):,} users, {last_ids[1]:,} items; {sizes} parameters, on {args.device}"
-    )
+    print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {sizes} parameters, on {args.device}")
     log, drawn, last = [], None, args.warm_up + args.epochs
     weights = np.multiply(DIRECTIONS[args.direction], (args.lambda_teacher, args.lambda_student))
     for epoch in range(1, last + 1):
@@ -437,7 +429,7 @@ def seen_in_training(user_ids, starts, items):
     full = np.bincount(seen // base) == base - 1
     if full.any():
         sys.exit(
-            f"user {user_ids[full.argmax()]} has seen every item: there is none to draw; leave that user out"
+            f"user {user_ids[full.argmax()]} has seen every item, so there is none to draw; leave it out"
         )
     return seen
 

@@ -69,16 +69,11 @@ def transport(student_weights, teacher_weights, distance):
     """
     if not np.isfinite(distance).all():
         sys.exit("a distance between layers is not finite; lower --learning-rate")
-    row_sums = np.kron(
-        np.eye(len(student_weights)), np.ones(len(teacher_weights))
-    )  # of a flow, row after row
-    column_sums = np.kron(np.ones(len(student_weights)), np.eye(len(teacher_weights)))
-    solved = linprog(
-        distance.ravel() / max(np.abs(distance).max(), 1e-300),  # of a size that suits the solver's tolerance
-        A_eq=np.vstack([row_sums, column_sums[:-1]]),  # the last column's sum follows from the others
-        b_eq=np.concatenate([student_weights, teacher_weights[:-1]]),
-        method="highs",
-    )
+    rows, columns = distance.shape
+    # sums of the flow, row after row: its rows, and its columns but the last, which follows from the others
+    A = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))[:-1]])
+    b = np.concatenate([student_weights, teacher_weights[:-1]])
+    solved = linprog(distance.ravel() / max(np.abs(distance).max(), 1e-300), A_eq=A, b_eq=b, method="highs")
     if solved.status != 0:
         sys.exit(f"the transport between layers could not be solved: {solved.message}")
     return solved.x.reshape(distance.shape)
@@ -239,7 +234,7 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     size = f"student of {sum(p.numel() for p in student.parameters()):,} parameters, on {args.device}"
     print(f"{args.data}: {len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; {size}")
-    best, log = None, []
+    best, log, contract = None, [], {key: config.get(key) for key in ("items", "max_length", "architecture")}
     for epoch in range(1, args.epochs + 1):
         total, flows, positions, tick = 0, 0, 0, time.time()
         batches = batches_of_like_length(end - begin, args.batch_size, rng)
@@ -273,16 +268,13 @@ def train(args):
         if teacher:
             log[-1]["flow"] = (flows / positions).tolist()
         if best is None or ndcg > best["NDCG@10"]:
-            best, contract = (
-                log[-1],
-                {key: config.get(key) for key in ("items", "max_length", "architecture")},
-            )
+            best = log[-1]
             save_model(args, args.out, program, student, best, **contract)
         left, shown = min(args.epochs, best["epoch"] + args.patience) - epoch, time.time()
         report(args.out, log, left, began, "*" if best is log[-1] else "")
         if left == 0:
             break
-    if teacher:
+    if teacher and best:
         print("flow, student layers down, teacher layers across:", np.array(best["flow"]).round(3), sep="\n")
 
 

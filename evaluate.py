@@ -335,11 +335,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add(
-        "models",
-        nargs="+",
-        help="model files; the others are compared with the first. Load only trusted ones",
-    )
+    add("models", nargs="+", help="model files, compared with the first. Load only trusted ones")
     add("--at", type=int, nargs="+", default=[5, 10, 20], metavar="K", help="cut-offs of HR, NDCG and MRR")
     add("--split", choices=["test", "valid"], default="test", help="each user's last item, or that before it")
     among = "rank among all items, or among --negatives drawn ones"
@@ -348,12 +344,7 @@ def main(argv=None):
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
     add("--seed", type=int, default=0, help="of drawn negatives and of the bootstrap")
     add("--json", action="store_true", help="print a list with an object a model instead of the table")
-    add(
-        "--recommend",
-        type=int,
-        metavar="USER",
-        help="print what each model recommends to this user, and stop",
-    )
+    add("--recommend", type=int, metavar="USER", help="print what each model recommends to this user")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     if args.negatives < 1 or min(args.at) < 1:

@@ -283,7 +283,7 @@ def seen_in_training(user_ids, starts, items):
     full = np.bincount(seen // base) == base - 1
     if full.any():
         sys.exit(
-            f"user {user_ids[full.argmax()]} has seen every item: there is none to draw; leave that user out"
+            f"user {user_ids[full.argmax()]} has seen every item, so there is none to draw; leave it out"
         )
     return seen
 

@@ -1,4 +1,4 @@
-# make demo    from nothing through all four stages to a table of their models, in runs/
+# make demo    from nothing through all four stages to tables of their models, in runs/
 # make test    the checks
 # make lint    ruff, as CI runs it
 # Each makes .venv from requirements.txt first, if it is not there; PYTHON=python3.12 make ... chooses another Python.
@@ -13,12 +13,14 @@ DATA := data/ml-100k.txt
 demo: .venv/ready $(DATA)
 	$(VENV) sasrec_teacher.py $(DATA) --out runs/teacher.pt2
 	$(VENV) adarec_search.py $(DATA) --teacher runs/teacher.pt2 --out runs/architecture.json
-	$(VENV) emd_distill.py $(DATA) --teacher runs/teacher.pt2 --architecture runs/architecture.json --out runs/student.pt2
-	$(VENV) emd_distill.py $(DATA) --architecture runs/architecture.json --gamma 0 --from-scratch --out runs/student-alone.pt2
+	$(VENV) emd_distill.py $(DATA) --teacher runs/teacher.pt2 --student runs/architecture.pt2 --out runs/student.pt2
+	$(VENV) emd_distill.py $(DATA) --student runs/architecture.pt2 --out runs/student-alone.pt2
 	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/student-alone.pt2
-	$(VENV) bidirectional_distill.py $(DATA) --out runs/bd
+	$(VENV) sasrec_teacher.py $(DATA) --loss bce --batch-size 32 --epochs 30 --out runs/large.pt2
+	$(VENV) sasrec_teacher.py $(DATA) --loss bce --batch-size 32 --epochs 30 --dim 16 --out runs/small.pt2
+	$(VENV) bidirectional_distill.py $(DATA) --teacher runs/large.pt2 --student runs/small.pt2 --out runs/bd
 	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 --recommend 1
-	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/bd-teacher.pt2 runs/bd-student.pt2
+	$(VENV) evaluate.py $(DATA) runs/large.pt2 runs/small.pt2 runs/bd-teacher.pt2 runs/bd-student.pt2
 
 test: .venv/ready
 	$(VENV) -m pytest

@@ -1,11 +1,12 @@
 """Does bidirectional distillation help, which items should be drawn, and who should teach whom?
 
-    python results/bidirectional.py data/ml-100k.txt
     python results/bidirectional.py data/citeulike.txt --at 50 100 200 -- --base bpr --warm-up 100 --epochs 50
+    python results/bidirectional.py data/ml-100k.txt --models T.pt2 S.pt2
 
-For each seed both models warm up once; each variant then trains them on from there, for as many epochs, with
-the options behind `--`. `alone` is the fair baseline: no bidirectional distillation. The epoch is chosen on
-validation. Prints HR and NDCG of the test items of each run, and mean and standard deviation over seeds.
+For each seed both models warm up once (or are --models, two sequence models that were trained already); each
+variant then trains them on from there, for as many epochs, with the options behind `--`. `alone` is the fair
+baseline: no bidirectional distillation. The epoch is chosen on validation. Prints HR and NDCG of the test
+items of each run, and mean and standard deviation over seeds.
 """
 
 import argparse
@@ -36,9 +37,8 @@ def script(*command):
     return done.stdout
 
 
-def measured(data, name, at):
-    """Metrics of the test items of NAME-teacher.pt2 and NAME-student.pt2: two dictionaries."""
-    models = [f"{name}-teacher.pt2", f"{name}-student.pt2"]
+def measured(data, models, at):
+    """Metrics of the test items of two model files: two dictionaries."""
     return json.loads(script("evaluate.py", data, *models, "--at", *at, "--json"))
 
 
@@ -57,6 +57,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", help="interactions")
+    parser.add_argument("--models", nargs=2, metavar=("T", "S"), help="model files to start from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs of each variant (0)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which ones")
     parser.add_argument("--at", type=int, nargs="+", default=[10], help="K of HR@K and NDCG@K (10)")
@@ -68,13 +69,20 @@ def main(argv=None):
     reached = {name: [] for name in ("warm-up", *args.variants)}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            start, out = f"{folder}/start", f"{folder}/out"
-            script("bidirectional_distill.py", data, "--out", start, *options, "--seed", seed, "--epochs", 0)
+            out, start = f"{folder}/out", args.models
+            if not start:
+                begin = ["--out", f"{folder}/start", *options, "--seed", seed, "--epochs", 0]
+                script("bidirectional_distill.py", data, *begin)
+                start = [f"{folder}/start-{kind}.pt2" for kind in ("teacher", "student")]
+            start = [Path(path).resolve() for path in start]
             for name in reached:
+                models = start
                 if name != "warm-up":
-                    more = ["--warm-up-from", start, "--seed", seed, *VARIANTS[name]]
-                    script("bidirectional_distill.py", data, "--out", out, *options, *more)
-                both = measured(data, start if name == "warm-up" else out, args.at)
+                    more = ["--teacher", start[0], "--student", start[1], *options, "--warm-up", 0]
+                    more += ["--seed", seed, *VARIANTS[name]]
+                    script("bidirectional_distill.py", data, "--out", out, *more)
+                    models = [f"{out}-{kind}.pt2" for kind in ("teacher", "student")]
+                both = measured(data, models, args.at)
                 reached[name].append([{key: of_one[key] for key in keys} for of_one in both])
                 print(f"{name}, seed {seed}: {text(*reached[name][-1])}", flush=True)
     for name, runs in reached.items():

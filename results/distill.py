@@ -2,8 +2,8 @@
 
     python results/distill.py data/ml-100k.txt --teacher big.pt2 --architecture a.json -- --epochs 20
 
-Each variant trains from random weights, for as many epochs, with the options behind `--`; the epoch is chosen
-on validation. Prints HR@10 and NDCG@10 of the test items of each run, mean and standard deviation over seeds.
+Each variant trains from the same random weights, for as many epochs, with the options behind `--`; the epoch
+is chosen on validation. Prints HR@10 and NDCG@10 of the test items of each run, mean and standard deviation over seeds.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "alone": ["--gamma", "0"],
-    "prediction only": ["--hidden-weight", "0", "--embedding-weight", "0"],
     "last": ["--mapping", "last"],
     "one-to-one": ["--mapping", "one-to-one"],
     "emd": [],
@@ -44,6 +43,7 @@ def main(argv=None):
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="runs of each variant (0 1 2 3 4)"
     )
+    parser.add_argument("--max-length", type=int, default=50, help="items that the student sees (50)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which ones")
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)  # what stands behind `--` is for the script
@@ -56,16 +56,11 @@ def main(argv=None):
         (report,) = json.loads(script("evaluate.py", data, teacher, "--json"))
         print(f"teacher: HR@10 {report['HR@10']:.4f}, NDCG@10 {report['NDCG@10']:.4f}", flush=True)
         for seed in args.seeds:
+            start = Path(folder) / "start.json"
+            begin = ["--architecture", architecture, "--max-length", args.max_length, "--out", start]
+            script("adarec_search.py", data, *begin, "--seed", seed)
             for name in args.variants:
-                common = [
-                    "--teacher",
-                    teacher,
-                    "--architecture",
-                    architecture,
-                    "--from-scratch",
-                    "--seed",
-                    seed,
-                ]
+                common = ["--teacher", teacher, "--student", start.with_suffix(".pt2"), "--seed", seed]
                 script("emd_distill.py", data, *common, "--out", out, *args.options, *VARIANTS[name])
                 (report,) = json.loads(script("evaluate.py", data, out, "--json"))
                 reached[name].append((report["HR@10"], report["NDCG@10"]))

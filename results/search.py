@@ -8,8 +8,8 @@
 operation found reaches the lag, what a cost loss of moderate and of large beta leaves, and expected cost over
 beta. `speed`: seconds of a forward and backward pass of the supernet, of the student all of whose edges are
 conv5, and of the supernet with every operation by itself, in turn, without a teacher. `chance`: architectures
-that were searched and random ones of no less cost, trained alike with `--edges`: validation NDCG@10. What
-stands behind `--` goes to adarec_search.py.
+that were searched and random ones of the same cost, trained alike from random weights by emd_distill.py:
+validation NDCG@10. What stands behind `--` goes to adarec_search.py, behind a second `--` to emd_distill.py.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def search(folder, data, *options):
 
 def planted(args, folder):
     """Print what searches find on `lag` and `markov` scenes."""
-    small = ["--gamma", 0, "--cells", 1, "--nodes", 1, "--dim", 32, "--max-length", 20, "--dropout", 0.1]
+    small = ["--cells", 1, "--nodes", 1, "--dim", 32, "--max-length", 20, "--dropout", 0.1]
     small += ["--alpha-warm-up", 0, "--epochs", 20]
     for lag in (0, 2, 4, 6):
         scene = ["--scene", "lag", "--lag", lag] if lag else ["--scene", "markov"]
@@ -125,12 +125,11 @@ def speed(args, folder):
     def step(net, ce):
         y = () if net is conv5 else (ada.choose(alpha, 1.0, "gumbel"),)
         tick = time.perf_counter()
-        _, output = net.encode(inputs, *y)
+        _, output, item_vectors = net(inputs[:, 0], inputs, *y)
         loss = output.square().mean()
         if ce:
-            loss, _, _ = ada.item_losses(
-                output[inputs > 0], net.M.weight, targets[inputs > 0], None, None, 1.0, 0.0
-            )
+            at_real = output[inputs > 0], item_vectors, targets[inputs > 0]
+            loss, _, _ = ada.item_losses(*at_real, None, None, 1.0, 0.0)
         loss.backward()
         return time.perf_counter() - tick
 
@@ -150,22 +149,36 @@ def speed(args, folder):
 
 def chance(args, folder):
     """Print validation NDCG@10 of searched and of random architectures after the same training."""
-    train = ["--teacher", args.teacher, *args.options]
-    rows, dearest = [], 0.0
+    taught = ["--teacher", args.teacher] if args.teacher else []
+    reached, rows, start = {"searched": [], "random": []}, [], Path(folder) / "start.json"
     for seed in range(args.seeds):
-        edges, log = search(folder, args.data, *train, "--seed", seed)
+        edges, log = search(folder, args.data, *taught, *args.options, "--seed", seed)
         costs = dict(zip(ada.OPERATIONS, ada.operation_costs(64, len(edges)).tolist(), strict=True))
         cost = sum(costs[o] for row in edges for o in row)
-        dearest = max(dearest, cost)
         print(
             f"search {seed}: {ada.edges_text(edges)}, cost {cost:.3f}, sure {log[-1]['sure']:.2f}", flush=True
         )
-        rows.append(("searched", ["--edges", ada.edges_text(edges)], seed))
-    rows += [("random", ["--random", dearest], seed) for seed in range(args.randoms)]
-    reached = {"searched": [], "random": []}
+        found = Path(folder) / f"{seed}.json"
+        found.write_text((Path(folder) / "architecture.json").read_text())
+        rows.append(("searched", ["--architecture", found], seed))
+    rows += [("random", ["--random", cost], seed) for seed in range(args.randoms)]
     for kind, options, seed in rows:
-        edges, log = search(folder, args.data, *train, *options, "--seed", seed)
+        script("adarec_search.py", args.data, *options, "--out", start, "--seed", seed)
+        out = Path(folder) / "student.pt2"
+        learn = [
+            "--student",
+            start.with_suffix(".pt2"),
+            *taught,
+            *args.training,
+            "--seed",
+            seed,
+            "--out",
+            out,
+        ]
+        script("emd_distill.py", args.data, *learn)
+        log = [json.loads(line) for line in Path(f"{out}.log.jsonl").read_text().splitlines()]
         reached[kind].append(max(line["NDCG@10"] for line in log))
+        edges = json.loads(start.read_text())["edges"]
         print(f"{kind} {seed}: {ada.edges_text(edges)}: {reached[kind][-1]:.4f}", flush=True)
     for kind, values in reached.items():
         spread = f", standard deviation {statistics.stdev(values):.4f}" if len(values) > 1 else ""
@@ -188,7 +201,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)  # what stands behind `--` is for the script
     args = parser.parse_args(argv[:cut])
-    args.options = argv[cut + 1 :]
+    args.options, args.training = argv[cut + 1 :], []
+    if "--" in args.options:
+        cut = args.options.index("--")
+        args.options, args.training = args.options[:cut], args.options[cut + 1 :]
     with tempfile.TemporaryDirectory() as folder:
         {"planted": planted, "speed": speed, "chance": chance}[args.what](args, folder)
 

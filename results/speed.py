@@ -5,8 +5,7 @@
 
 `peer`: against pmixer/SASRec.pytorch, run unchanged in its own folder, with SASRec's settings (BCE, d = 50, 2
 blocks, 1 head, batch 128). `loss`: the full softmax against matmul and cross_entropy of the same positions,
-d = 64. `padded`: against matmul and cross_entropy over whole batches in random order, padding too, as most
-code has it. Each run trains two epochs, of which the second counts; the medians of --runs, their ratio.
+d = 64. Each run trains two epochs, of which the second counts; the medians of --runs, their ratio.
 """
 
 import argparse
@@ -26,19 +25,7 @@ PLAIN_SOFTMAX = """
 import sys, torch, sasrec_teacher
 def ce_loss(output, item_vectors, target):
     return torch.nn.functional.cross_entropy(output @ item_vectors[1:].T, target - 1)
-sasrec_teacher.ce_loss = ce_loss
-sys.exit(sasrec_teacher.main())
-"""
-
-PADDED_SOFTMAX = """
-import sys, torch, sasrec_teacher
-def batch_loss(model, inputs, targets, loss, negatives):
-    scores = model.encode(inputs)[1] @ model.M.weight.T
-    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=0)
-def batches(length, batch_size, rng):
-    order = rng.permutation(len(length))
-    return [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-sasrec_teacher.batch_loss, sasrec_teacher.batches_of_like_length = batch_loss, batches
+sasrec_teacher.LOSSES["ce"] = ce_loss
 sys.exit(sasrec_teacher.main())
 """
 
@@ -79,7 +66,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("against", choices=["peer", "loss", "padded"], help="what to time against")
+    parser.add_argument("against", choices=["peer", "loss"], help="what to time against")
     parser.add_argument("data", help="interactions, as text")
     parser.add_argument("--max-length", default="50", help="of the histories")
     parser.add_argument("--dropout", default="0.2", help="of both")
@@ -94,7 +81,7 @@ def main(argv=None):
             lambda: peer(args.data, args.peer, args.max_length, args.dropout),
         ]
     else:
-        plain = "-c", PLAIN_SOFTMAX if args.against == "loss" else PADDED_SOFTMAX
+        plain = "-c", PLAIN_SOFTMAX
         sides = [lambda: ours(args.data, options), lambda: ours(args.data, options, plain)]
     seconds = [[side() for side in sides] for _ in range(args.runs)]
     mine, theirs = (statistics.median(column) for column in zip(*seconds, strict=True))

@@ -121,8 +121,7 @@ class Student(nn.Module):
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.P, std=0.02)
         nn.init.normal_(self.M.weight, std=0.02)
-        with torch.no_grad():
-            self.M.weight[0] = 0
+        self.M.weight.data[0] = 0
 
     def forward(self, users, items, *y):
         """users [B], items [B, T] -> hidden [K+1, B, T, d_S], output [B, T, d_S], item_vectors [V+1, d_S].
@@ -167,11 +166,10 @@ class MixedEdges(nn.Module):
         # the kernels of the convolutions side by side, taps last: [targets, d, d, 3 + 5 + 3 + 5]
         self.kernels = nn.Parameter(torch.empty(targets, dim, dim, sum(self.widths)))
         self.biases = nn.Parameter(torch.empty(targets, len(TAPS), dim))
-        with torch.no_grad():  # as nn.Conv1d has it
-            for o, kernel in enumerate(self.kernels.split(self.widths, -1)):
-                bound = 1 / math.sqrt(dim * self.widths[o])
-                kernel.uniform_(-bound, bound)
-                self.biases[:, o].uniform_(-bound, bound)
+        for o, kernel in enumerate(self.kernels.data.split(self.widths, -1)):  # as nn.Conv1d starts
+            bound = 1 / math.sqrt(dim * self.widths[o])
+            kernel.uniform_(-bound, bound)
+            self.biases.data[:, o].uniform_(-bound, bound)
         taps = torch.tensor([(o, REACH - back) for o, backs in enumerate(TAPS.values()) for back in backs])
         self.register_buffer("operation", taps[:, 0])  # which operation a tap is of,
         self.register_buffer("place", F.one_hot(taps[:, 1], REACH + 1).float())  # and its place when merged
@@ -412,7 +410,7 @@ def L(student, teacher, target, W, w, y, costs, args):
 
 def search(args):
     """Search, and write the architecture, the student with the weights it has there, and the log."""
-    began = shown = time.time()
+    began = time.time()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     user_ids, starts, items = read_interactions(args.data)
@@ -432,30 +430,25 @@ def search(args):
         W = [nn.Linear(args.dim, d_T).to(args.device) for _ in range(2)]  # W_e, and W_h of all layers
         w = [np.full(n, 1 / n) for n in (args.cells, layers)]
         learned += [*W[0].parameters(), *W[1].parameters()]
-    decided = {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}
-    groups = [{"params": learned}, decided]
+    groups = [{"params": learned}, {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, on {args.device}"
-    print(f"{args.data}: {len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; {size}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {size:,} parameters, on {args.device}")
     mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
     log = []
     for epoch in range(1, args.epochs + 1):
-        model.train()
-        tau, tick = temperature(epoch), time.time()
-        total, flows, positions = 0, 0, 0
+        tau, tick, total, flows, positions = temperature(epoch), time.time(), 0, 0, 0
         batches = batches_of_like_length(end - begin, args.batch_size, rng)
         for step, batch in enumerate(batches, 1):
             ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
             inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
             targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
             real = inputs > 0
-            count, taught = int(real.sum()), None
             y = choose(alpha, tau, args.relaxation)
             made = at_real(model(ids, inputs, y), real)
-            if teacher:
-                with torch.no_grad():
-                    taught = at_real(teacher(ids, inputs), real)
+            taught = at_real(teacher(ids, inputs), real) if teacher else None
             loss, parts, flow, w = L(made, taught, targets[real], W, w, y, costs, args)
+            count = int(real.sum())
             optimizer.zero_grad()
             # the losses sum over positions: a batch of short histories must not count as one of long ones
             (loss * count / mean_count).backward()
@@ -467,22 +460,16 @@ def search(args):
             flows, positions = flows + count * flow, positions + count
             if not math.isfinite(loss.item()):
                 sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
-            if time.time() - shown > 10:
-                shown = time.time()
-                print(
-                    f"epoch {epoch}, {step / len(batches):.0%}: L_CE {total[0] / positions:.4f}", flush=True
-                )
+            if sys.stdout.isatty():
+                print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
         edges, p = best_edges(alpha), alpha.detach().softmax(-1)
         student = derive(model, edges, args.dropout)
         hr, ndcg = validate(student.eval(), user_ids, starts, items, judged, max_length, args.device)
         names = ("L_CE", "L_cost", "L_emb", "L_hid", "L_pred")
-        log += [{"epoch": epoch} | dict(zip(names, (total / positions).tolist(), strict=False))]
-        log[-1] |= {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick, "tau": tau, "edges": edges}
+        log += [{"epoch": epoch} | dict(zip(names, total / positions, strict=False))]
+        log[-1] |= {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick, "tau": tau}
         log[-1] |= {"expected_cost": cost_loss(p, costs).item(), "sure": p.max(-1).values.mean().item()}
-        log[-1] |= {"alpha": alpha.tolist()}
-        if teacher:
-            log[-1]["flow"] = (flows / positions).tolist()
-        shown = time.time()
+        log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": np.divide(flows, positions).tolist()}
         report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
     save_student(args, student, edges, max_length, log[-1])
 
@@ -513,9 +500,7 @@ def read_architecture(path):
         cells, dim, edges = int(found["cells"]), int(found["dim"]), found["edges"]
         known = [len(row) == j and set(row) <= set(OPERATIONS) for j, row in enumerate(edges, 1)]
         if min(cells, dim) < 1 or not all(known) or not receptive_field(edges):
-            raise ValueError(
-                f"edges[j-1] needs j of {', '.join(OPERATIONS)}, not all none; cells and dim 1 or more"
-            )
+            raise ValueError(f"edges[j-1] needs j of {', '.join(OPERATIONS)}, and the input must arrive")
     except (ValueError, TypeError, KeyError) as error:
         sys.exit(f"{path} is no architecture; {type(error).__name__}: {error}")
     return cells, dim, edges
@@ -523,14 +508,14 @@ def read_architecture(path):
 
 def save_student(args, student, edges, max_length, validation):
     """Write the architecture OUT, and the student beside it, as .pt2."""
-    cells, dim, item_count = len(student.cells), student.M.embedding_dim, len(student.M.weight) - 1
+    cells, dim = len(student.cells), student.M.embedding_dim
     architecture = {"cells": cells, "nodes": len(edges), "dim": dim, "edges": edges}
-    contract, path = {"items": item_count, "max_length": max_length}, Path(args.out).with_suffix(".pt2")
+    config = {"architecture": architecture, "items": len(student.M.weight) - 1, "max_length": max_length}
     program = export(student.cpu(), max_length)
-    save_model(args, path, program, student, validation, architecture=architecture, **contract)
+    save_model(args, Path(args.out).with_suffix(".pt2"), program, student, validation, **config)
     write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
-    costs = operation_costs(dim, len(edges))
-    cost = sum(costs[OPERATIONS.index(o)].item() for row in edges for o in row)
+    costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges)).tolist(), strict=True))
+    cost = sum(costs[o] for row in edges for o in row)
     print(f"{args.out}: {edges_text(edges)}; cost {cost:.3f}, sees {receptive_field(edges, cells)} items")
 
 
@@ -565,35 +550,30 @@ def read_interactions(path):
     Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
     `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
     """
+    array = str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an empty file, which is told below
-            array = str(path).endswith(".npy")
             table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
-        if (
-            table.dtype.kind not in "iu"
-            or table.shape[1:] != (2,)
-            or not 0 < table.min() <= table.max() < 10**8
-        ):
+        users, items = table.T
+        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
+        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
         sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
-    users = np.asarray(table[:, 0])
-    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
         sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
+    return users[first].astype(int), np.append(first, len(users)), items.astype(int)
 
 
 def leave_one_out(starts):
     """The split (shared by every stage): last item test, the one before validation, the rest training.
 
-    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
-    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
-    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
+    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
+    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
@@ -664,10 +644,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = (window > 0).sum(1) - 1
-        scores = output[torch.arange(len(e), device=device), last] @ item_vectors.T  # [B, V+1]
+        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
         target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(scores, target, seen).cpu())
+        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
@@ -680,13 +659,10 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def export(model, max_length):
@@ -710,10 +686,9 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        if (config["items"], *vectors.shape) != (item_count, item_count + 1, output[0, 0].numel()):
-            raise ValueError(f"it scores {config['items']} items, the data have {item_count}")
-        if config["max_length"] < 1 or hidden.shape[1:3] != (1, 1):
-            raise ValueError("its shapes are not those of the contract")
+        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
@@ -739,10 +714,9 @@ def load_teacher(path, user_count, item_count, data, max_length, device):
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
     paths = ("data", "out", "teacher", "student", "architecture")
-    settings = {name: value for name, value in vars(args).items() if name not in paths}
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-    config |= {"data_sha256": sha256_of(args.data), "validation": validation}
+    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
+    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
     buffer = io.BytesIO()
     module.cpu()  # whoever reads the file may have no other device
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
@@ -773,7 +747,7 @@ def main(argv=None):
     add("--teacher", help="model file to learn from; none: gamma is 0. Load only trusted ones")
     add("--out", required=True, help="architecture to write, as runs/architecture.json, and .pt2 beside it")
     add("--architecture", help="no search: give this architecture random weights")
-    cost = "no search: draw an architecture, of any cost or one within 10 %% of COST, with random weights"
+    cost = "no search: a random architecture, of any cost or one within 10 %% of COST, with random weights"
     add("--random", type=float, nargs="?", const=math.nan, metavar="COST", help=cost)
     add("--cells", type=int, default=4, help="K: cells, one architecture, weights of their own")
     add("--nodes", type=int, default=3, help="N: nodes of a cell behind its input")
@@ -782,12 +756,14 @@ def main(argv=None):
     add("--dropout", type=float, default=0.2, help="share of units dropped before and after the cells")
     add("--gamma", type=float, default=0.5, help="weight of L_KD; that of L_CE is 1 - gamma")
     add("--beta", type=float, default=0.3, help="weight of L_cost, which is 1 for the dearest architecture")
-    relaxation = "gumbel: one operation an edge and step, drawn; softmax: DARTS's mixture of all"
-    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help=relaxation)
-    rate = "of AdamW on alpha; 2e-5 in the published code, where alpha stays near its start"
-    add("--alpha-learning-rate", type=float, default=5e-2, help=rate)
-    warm_up = "epochs before alpha begins to learn, in which all operations are drawn alike"
-    add("--alpha-warm-up", type=int, default=10, help=warm_up)
+    add(
+        "--relaxation",
+        choices=["gumbel", "softmax"],
+        default="gumbel",
+        help="drawn one-hot, or DARTS's mixture",
+    )
+    add("--alpha-learning-rate", type=float, default=5e-2, help="of AdamW on alpha; 2e-5 as published")
+    add("--alpha-warm-up", type=int, default=10, help="epochs in which alpha waits and all is drawn alike")
     add("--learning-rate", type=float, default=5e-3, help="of AdamW on the weights")
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users")

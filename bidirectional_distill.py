@@ -167,8 +167,7 @@ class BPR(nn.Module):
         self.q = nn.Embedding(item_count + 1, dim, padding_idx=0)
         nn.init.normal_(self.p.weight, std=0.01)
         nn.init.normal_(self.q.weight, std=0.01)
-        with torch.no_grad():
-            self.q.weight[0] = 0
+        self.q.weight.data[0] = 0
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [1, B, T, d], output [B, T, d], item_vectors [V+1, d]."""
@@ -191,8 +190,7 @@ class CDAE(nn.Module):
         self.w_and_b = nn.Parameter(torch.empty(item_count + 1, dim + 1))  # w'_i, and b'_i as the last column
         nn.init.uniform_(self.W.weight, -1 / math.sqrt(item_count), 1 / math.sqrt(item_count))
         nn.init.uniform_(self.w_and_b, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
-        with torch.no_grad():
-            self.W.weight[0] = 0
+        self.W.weight.data[0] = 0
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [2, B, T, d], output [B, T, d+1], item_vectors [V+1, d+1]."""
@@ -265,19 +263,18 @@ def renew(teacher, student, data, users, begin, end, args, epochs, rng):
 
 def train(args):
     """Warm up, train both ways, write both model files and the log."""
-    began = shown = time.time()
+    began = time.time()
     torch.manual_seed(args.seed)
     data = user_ids, starts, items = read_interactions(args.data)
     last_ids, k = (int(user_ids.max()), int(items.max())), args.samples
-    programs, max_length = [], int(np.diff(starts).max())
-    for kind, dim in zip(KINDS, args.dims, strict=True):
+    both, max_length = [], max(2, int(np.diff(starts).max()))
+    for side, kind in enumerate(KINDS):
         if args.teacher:
             program, config = load_model(vars(args)[kind], *last_ids, args.data)
             max_length = min(max_length, config["max_length"])
         else:
-            program = export(BASES[args.base](*last_ids, dim), max_length)
-        programs.append(program)
-    both = [Learner(program, args, [args.seed, side]) for side, program in enumerate(programs)]
+            program = export(BASES[args.base](*last_ids, args.dims[side]), max_length)
+        both.append(Learner(program, args, [args.seed, side]))
     rng, drawing = np.random.default_rng([args.seed, 2]), np.random.default_rng([args.seed, 3])
     users, begin, end, judged = training_part(args.data, starts, max_length - 1, rng)
     seen = seen_in_training(user_ids, starts, items)
@@ -286,7 +283,7 @@ def train(args):
         pairs = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
         rows = np.repeat(users, end - begin), pairs, pairs + 1
     observed = (rows[2] - rows[1] - (args.base == "sequence")).sum()
-    sizes = " and ".join(f"{sum(p.numel() for p in learner.model.parameters()):,}" for learner in both)
+    sizes = [sum(p.numel() for p in learner.model.parameters()) for learner in both]
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {sizes} parameters, on {args.device}")
     log, drawn, last = [], None, args.warm_up + args.epochs
     weights = np.multiply(DIRECTIONS[args.direction], (args.lambda_teacher, args.lambda_student))
@@ -321,9 +318,8 @@ def train(args):
                 total[2 * side : 2 * side + 2] += l_cf.item(), l_bd.item()
             for learner, loss in zip(both, losses, strict=True):  # none moves before both losses are made
                 learner.step(loss)
-            if time.time() - shown > 10:
-                shown = time.time()
-                print(f"epoch {epoch}, {step / len(batches):.0%}", flush=True)
+            if sys.stdout.isatty():
+                print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
         line |= dict(zip(("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), total / observed, strict=True))
         line["seconds"] = time.time() - tick
         log.append(line)
@@ -335,9 +331,8 @@ def train(args):
             line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
             if learner.best is None or ndcg > learner.best["NDCG@10"]:
                 learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-                contract = {"items": last_ids[1], "max_length": max_length, "role": kind}
-                out = f"{args.out}-{kind}.pt2"
-                save_model(args, out, learner.program, learner.model, learner.best, **contract)
+                made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
+                save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
         report(args.out, log, last - epoch, began)
 
 
@@ -370,35 +365,30 @@ def read_interactions(path):
     Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
     `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
     """
+    array = str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an empty file, which is told below
-            array = str(path).endswith(".npy")
             table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
-        if (
-            table.dtype.kind not in "iu"
-            or table.shape[1:] != (2,)
-            or not 0 < table.min() <= table.max() < 10**8
-        ):
+        users, items = table.T
+        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
+        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
         sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
-    users = np.asarray(table[:, 0])
-    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
         sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
+    return users[first].astype(int), np.append(first, len(users)), items.astype(int)
 
 
 def leave_one_out(starts):
     """The split (shared by every stage): last item test, the one before validation, the rest training.
 
-    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
-    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
-    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
+    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
+    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
@@ -428,9 +418,7 @@ def seen_in_training(user_ids, starts, items):
     seen = np.unique((owner * base + items)[training])
     full = np.bincount(seen // base) == base - 1
     if full.any():
-        sys.exit(
-            f"user {user_ids[full.argmax()]} has seen every item, so there is none to draw; leave it out"
-        )
+        sys.exit(f"user {user_ids[full.argmax()]} has seen every item: none is left to draw; leave it out")
     return seen
 
 
@@ -499,10 +487,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = (window > 0).sum(1) - 1
-        scores = output[torch.arange(len(e), device=device), last] @ item_vectors.T  # [B, V+1]
+        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
         target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(scores, target, seen).cpu())
+        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
@@ -515,13 +502,10 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def export(model, max_length):
@@ -545,10 +529,9 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        if (config["items"], *vectors.shape) != (item_count, item_count + 1, output[0, 0].numel()):
-            raise ValueError(f"it scores {config['items']} items, the data have {item_count}")
-        if config["max_length"] < 1 or hidden.shape[1:3] != (1, 1):
-            raise ValueError("its shapes are not those of the contract")
+        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
@@ -559,10 +542,9 @@ def load_model(path, user_count, item_count, data=None):
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
     paths = ("data", "out", "teacher", "student", "architecture")
-    settings = {name: value for name, value in vars(args).items() if name not in paths}
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-    config |= {"data_sha256": sha256_of(args.data), "validation": validation}
+    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
+    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
     buffer = io.BytesIO()
     module.cpu()  # whoever reads the file may have no other device
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
@@ -614,10 +596,8 @@ def main(argv=None):
     add("--weight-decay", type=float, default=0.0, help="of Adam")
     add("--period", type=int, default=10, help="p: epochs between renewals of the ranks")
     add("--direction", choices=DIRECTIONS, default="both", help="who teaches whom; none: both alone")
-    sampling = f"of items: by rank discrepancy, all alike, or the {TOP} best of the one who teaches"
-    add("--sampling", choices=["rank", "uniform", "top"], default="rank", help=sampling)
-    sign = "of the rank discrepancy; the published code has it the other way round"
-    add("--sign", choices=["paper", "published"], default="paper", help=sign)
+    add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that are taught")
+    add("--sign", choices=["paper", "published"], default="paper", help="of the rank discrepancy")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)

@@ -85,12 +85,11 @@ def fixed_flow(mapping, student_layers, teacher_layers):
     `one-to-one`: student layer i (from 1) learns from teacher layer i L_T / L_S, rounded up, 1 / L_S each.
     `last`: the last layer learns from the last one, and nothing else.
     """
-    flow = np.zeros((student_layers, teacher_layers))
+    flow, i = np.zeros((student_layers, teacher_layers)), np.arange(1, student_layers + 1)
     if mapping == "last":
         flow[-1, -1] = 1
-        return flow
-    for i in range(student_layers):
-        flow[i, math.ceil((i + 1) * teacher_layers / student_layers) - 1] = 1 / student_layers
+    else:
+        flow[i - 1, np.ceil(i * teacher_layers / student_layers).astype(int) - 1] = 1 / student_layers
     return flow
 
 
@@ -208,7 +207,7 @@ def at_real(made, real):
 
 def train(args):
     """Train the student, stop early, write the model file and its log."""
-    began = shown = time.time()
+    began = time.time()
     rng = np.random.default_rng(args.seed)
     user_ids, starts, items = read_interactions(args.data)
     last_ids = int(user_ids.max()), int(items.max())
@@ -232,8 +231,8 @@ def train(args):
     mean_count = (end - begin - 1).sum() / steps  # positions a batch
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
-    size = f"student of {sum(p.numel() for p in student.parameters()):,} parameters, on {args.device}"
-    print(f"{args.data}: {len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; {size}")
+    size = sum(p.numel() for p in student.parameters())
+    print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {size:,} parameters, on {args.device}")
     best, log, contract = None, [], {key: config.get(key) for key in ("items", "max_length", "architecture")}
     for epoch in range(1, args.epochs + 1):
         total, flows, positions, tick = 0, 0, 0, time.time()
@@ -243,12 +242,10 @@ def train(args):
             inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
             targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
             real = inputs > 0
-            count, taught = int(real.sum()), None
-            if teacher:
-                with torch.no_grad():
-                    taught = at_real(teacher(ids, inputs), real)
+            taught = at_real(teacher(ids, inputs), real) if teacher else None
             made = at_real(student(ids, inputs), real)
             loss, parts, flow, w = L(made, taught, targets[real], W, w, args)
+            count = int(real.sum())
             optimizer.zero_grad()
             # the losses sum over positions: a batch of short histories must not count as one of long ones
             (loss * count / mean_count).backward()
@@ -258,19 +255,17 @@ def train(args):
             flows, positions = flows + count * flow, positions + count
             if not math.isfinite(loss.item()):
                 sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
-            if time.time() - shown > 10:
-                shown = time.time()
-                print(f"epoch {epoch}, {step / steps:.0%}: L_CE {total[0] / positions:.4f}", flush=True)
+            if sys.stdout.isatty():
+                print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
         seconds = time.time() - tick
-        mean = dict(zip(("L_CE", "L_emb", "L_hid", "L_pred"), (total / positions).tolist(), strict=False))
+        mean = dict(zip(("L_CE", "L_emb", "L_hid", "L_pred"), total / positions, strict=False))
         hr, ndcg = validate(judge, user_ids, starts, items, judged, max_length, args.device)
         log += [{"epoch": epoch} | mean | {"HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
-        if teacher:
-            log[-1]["flow"] = (flows / positions).tolist()
+        log[-1]["flow"] = np.divide(flows, positions).tolist()
         if best is None or ndcg > best["NDCG@10"]:
             best = log[-1]
             save_model(args, args.out, program, student, best, **contract)
-        left, shown = min(args.epochs, best["epoch"] + args.patience) - epoch, time.time()
+        left = min(args.epochs, best["epoch"] + args.patience) - epoch
         report(args.out, log, left, began, "*" if best is log[-1] else "")
         if left == 0:
             break
@@ -289,35 +284,30 @@ def read_interactions(path):
     Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
     `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
     """
+    array = str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an empty file, which is told below
-            array = str(path).endswith(".npy")
             table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
-        if (
-            table.dtype.kind not in "iu"
-            or table.shape[1:] != (2,)
-            or not 0 < table.min() <= table.max() < 10**8
-        ):
+        users, items = table.T
+        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
+        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
         sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
-    users = np.asarray(table[:, 0])
-    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
         sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
+    return users[first].astype(int), np.append(first, len(users)), items.astype(int)
 
 
 def leave_one_out(starts):
     """The split (shared by every stage): last item test, the one before validation, the rest training.
 
-    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
-    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
-    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
+    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
+    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
@@ -388,10 +378,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = (window > 0).sum(1) - 1
-        scores = output[torch.arange(len(e), device=device), last] @ item_vectors.T  # [B, V+1]
+        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
         target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(scores, target, seen).cpu())
+        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
@@ -404,13 +393,10 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def load_model(path, user_count, item_count, data=None):
@@ -424,10 +410,9 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        if (config["items"], *vectors.shape) != (item_count, item_count + 1, output[0, 0].numel()):
-            raise ValueError(f"it scores {config['items']} items, the data have {item_count}")
-        if config["max_length"] < 1 or hidden.shape[1:3] != (1, 1):
-            raise ValueError("its shapes are not those of the contract")
+        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
@@ -453,10 +438,9 @@ def load_teacher(path, user_count, item_count, data, max_length, device):
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
     paths = ("data", "out", "teacher", "student", "architecture")
-    settings = {name: value for name, value in vars(args).items() if name not in paths}
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-    config |= {"data_sha256": sha256_of(args.data), "validation": validation}
+    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
+    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
     buffer = io.BytesIO()
     module.cpu()  # whoever reads the file may have no other device
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
@@ -489,12 +473,10 @@ def main(argv=None):
     add("--out", required=True, help="model file to write, as runs/student.pt2; the log is OUT.log.jsonl")
     add("--gamma", type=float, default=0.5, help="weight of L_KD; 1 - gamma is L_CE's")
     add("--distance", choices=DISTANCES, default="kl", help="D_ij between layers: AdaRec's, or BERT-EMD's")
-    mapping = "emd: by transport; one-to-one: to evenly spaced teacher layers; last: of the last layer alone"
-    add("--mapping", choices=["emd", "one-to-one", "last"], default="emd", help=mapping)
+    add("--mapping", choices=["emd", "one-to-one", "last"], default="emd", help="student to teacher layers")
     add("--dropout", type=float, help="share of units dropped in training; the student's own if not given")
     add("--learning-rate", type=float, default=5e-3, help="of AdamW")
-    final = "share of --learning-rate that is left after --epochs, reached evenly"
-    add("--final-rate", type=float, default=1.0, help=final)
+    add("--final-rate", type=float, default=1.0, help="share of --learning-rate at the end, reached evenly")
     add("--weight-decay", type=float, default=5e-4, help="of AdamW")
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users, at most")
@@ -502,8 +484,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not (0 <= args.gamma <= 1 and 0 <= args.final_rate <= 1):
-        parser.error("--gamma and --final-rate must lie in [0, 1]")
+    if not 0 <= args.gamma <= 1:
+        parser.error("--gamma must lie in [0, 1]")
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -19,7 +19,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import sys
 import time
@@ -188,10 +187,9 @@ def evaluate(args):
         report["parameters"], report["parameters_without_embeddings"] = count_parameters(model, *last_ids)
         report["macs"], report["macs_item_scores"] = count_multiply_adds(model, max_length, args.device)
         report["ms_per_user"] = milliseconds(model, data, max_length, args.device, 1, 50)
-        per_batch = milliseconds(model, data, max_length, args.device, BATCH, 3)
-        report["ms_per_1000_users"] = per_batch * 1000 / BATCH
-        reports.append(report)
-        report["speed_up"] = reports[0]["ms_per_user"] / report["ms_per_user"]
+        a_batch = milliseconds(model, data, max_length, args.device, BATCH, 3)
+        reports.append(report | {"ms_per_1000_users": a_batch * 1000 / BATCH})
+        reports[-1]["speed_up"] = reports[0]["ms_per_user"] / report["ms_per_user"]
     return reports
 
 
@@ -222,28 +220,23 @@ def print_table(reports, args):
 def recommend(args):
     """Print the last 10 items of user --recommend, and each model's 10 best after the whole history."""
     user_ids, starts, items = read_interactions(args.data)
+    loaded = [load_model(path, int(user_ids.max()), int(items.max())) for path in args.models]
     names, titles = Path(f"{args.data}.items.tsv"), {}  # a line an item: id, tab, title
     if names.exists():
         titles = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
     at = np.flatnonzero(user_ids == args.recommend)
     if len(at) == 0:
-        ids = f"from {user_ids.min()} to {user_ids.max()}"
-        sys.exit(f"{args.data} has no user {args.recommend}; its ids go {ids}")
-    history = items[starts[at[0]] : starts[at[0] + 1]]
-    loaded = [load_model(path, int(user_ids.max()), int(items.max())) for path in args.models]
-    print(f"user {args.recommend}: the last of {len(history)} items, oldest first")
-    for item in history[-10:]:
-        print(f"    {item:>7}  {titles.get(str(item), '')}".rstrip())
+        sys.exit(f"{args.data} has no user {args.recommend}; take one from 1 to {user_ids.max()}")
+    history = torch.from_numpy(items[starts[at[0]] : starts[at[0] + 1]])
+    tables = {f"user {args.recommend}: the last of {len(history)} items, oldest first": history[-10:]}
     for path, (program, config) in zip(args.models, loaded, strict=True):
-        window = torch.from_numpy(history[-config["max_length"] :])[None].to(args.device)
-        users = torch.from_numpy(user_ids[at]).to(args.device)
-        scores = score(program.module().to(args.device), users, window)[0].cpu()
-        scores[0] = -math.inf
-        if not args.keep_seen:
-            scores[torch.from_numpy(history)] = -math.inf
-        print(f"{path} recommends")
-        for item in scores.topk(min(10, int(scores.isfinite().sum()))).indices.tolist():
-            print(f"    {item:>7}  {titles.get(str(item), '')}".rstrip())
+        window, users = history[None, -config["max_length"] :], torch.from_numpy(user_ids[at])
+        scores = score(program.module(), users, window)[0]
+        scores[torch.zeros(1, dtype=int) if args.keep_seen else history] = scores[0] = -math.inf
+        tables[f"{path} recommends"] = scores.topk(min(10, int(scores.isfinite().sum()))).indices
+    for title, table in tables.items():
+        lines = (f"    {item:>7}  {titles.get(str(item), '')}".rstrip() for item in table.tolist())
+        print(title, *lines, sep="\n")
 
 
 # ---- Data and models -------------------------------------------------------------------------------------
@@ -255,35 +248,30 @@ def read_interactions(path):
     Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
     `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
     """
+    array = str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an empty file, which is told below
-            array = str(path).endswith(".npy")
             table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
-        if (
-            table.dtype.kind not in "iu"
-            or table.shape[1:] != (2,)
-            or not 0 < table.min() <= table.max() < 10**8
-        ):
+        users, items = table.T
+        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
+        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
         sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
-    users = np.asarray(table[:, 0])
-    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
         sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
+    return users[first].astype(int), np.append(first, len(users)), items.astype(int)
 
 
 def leave_one_out(starts):
     """The split (shared by every stage): last item test, the one before validation, the rest training.
 
-    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
-    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
-    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
+    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
+    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
@@ -312,10 +300,9 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        if (config["items"], *vectors.shape) != (item_count, item_count + 1, output[0, 0].numel()):
-            raise ValueError(f"it scores {config['items']} items, the data have {item_count}")
-        if config["max_length"] < 1 or hidden.shape[1:3] != (1, 1):
-            raise ValueError("its shapes are not those of the contract")
+        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
@@ -338,8 +325,7 @@ def main(argv=None):
     add("models", nargs="+", help="model files, compared with the first. Load only trusted ones")
     add("--at", type=int, nargs="+", default=[5, 10, 20], metavar="K", help="cut-offs of HR, NDCG and MRR")
     add("--split", choices=["test", "valid"], default="test", help="each user's last item, or that before it")
-    among = "rank among all items, or among --negatives drawn ones"
-    add("--protocol", choices=["full", "uniform", "popularity"], default="full", help=among)
+    add("--protocol", choices=["full", "uniform", "popularity"], default="full", help="among which items")
     add("--negatives", type=int, default=100, help="items drawn a user by --protocol uniform or popularity")
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
     add("--seed", type=int, default=0, help="of drawn negatives and of the bootstrap")
@@ -356,9 +342,6 @@ def main(argv=None):
             print(json.dumps(evaluate(args), indent=2))
         else:
             print_table(evaluate(args), args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a file that is not there
         sys.exit(f"{error.filename}: {error.strerror}")
 

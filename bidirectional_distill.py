@@ -283,8 +283,7 @@ def train(args):
         pairs = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
         rows = np.repeat(users, end - begin), pairs, pairs + 1
     observed = (rows[2] - rows[1] - (args.base == "sequence")).sum()
-    sizes = [sum(p.numel() for p in learner.model.parameters()) for learner in both]
-    print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {sizes} parameters, on {args.device}")
+    print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     log, drawn, last = [], None, args.warm_up + args.epochs
     weights = np.multiply(DIRECTIONS[args.direction], (args.lambda_teacher, args.lambda_student))
     for epoch in range(1, last + 1):

@@ -231,8 +231,7 @@ def train(args):
     mean_count = (end - begin - 1).sum() / steps  # positions a batch
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
-    size = sum(p.numel() for p in student.parameters())
-    print(f"{len(user_ids):,} users, {last_ids[1]:,} items; {size:,} parameters, on {args.device}")
+    print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     best, log, contract = None, [], {key: config.get(key) for key in ("items", "max_length", "architecture")}
     for epoch in range(1, args.epochs + 1):
         total, flows, positions, tick = 0, 0, 0, time.time()

@@ -165,8 +165,7 @@ def train(args):
     program = export(model, args.max_length)  # it has the model's parameters: what is learnt is saved with it
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{len(user_ids):,} users, {item_count:,} items; {size:,} parameters, on {args.device}")
+    print(f"{len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; on {args.device}")
     mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
     best, log, contract = None, [], {"items": item_count, "max_length": args.max_length}

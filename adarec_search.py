@@ -600,10 +600,9 @@ def pad_batch(items, begin, end):
 
 
 def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories are about equally long, so that little padding is computed.
+    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: little padding.
 
-    `length` [U]. Within each 64 shuffled batches (a quarter of all, where that is less: batches should differ
-    from epoch to epoch) the histories are sorted by length; then the batches are shuffled.
+    Each 64 shuffled batches (a quarter of all, if less: epochs should differ) are sorted by length.
     """
     order = rng.permutation(len(length))
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
@@ -635,7 +634,7 @@ def rank_of_target(scores, target, seen):
 def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
 
-    `model` is a program or a module in evaluation mode that sees the last `max_length` training items.
+    `model`, in evaluation mode, sees the last `max_length` training items.
     """
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
@@ -665,20 +664,14 @@ def write(path, content):
 
 
 def export(model, max_length):
-    """The program of `model` in evaluation mode, for any number of users and up to `max_length` items.
-
-    It shares the model's parameters.
-    """
+    """The program of `model`, with its parameters, for any number of users and up to `max_length` items."""
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
     example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
     return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
 
 
 def load_model(path, user_count, item_count, data=None):
-    """The exported program in a model file, and its config.
-
-    Ends unless the model takes ids up to these counts, and was trained on `data`, where that is given.
-    """
+    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if that is given."""
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
@@ -696,10 +689,7 @@ def load_model(path, user_count, item_count, data=None):
 
 
 def load_teacher(path, user_count, item_count, data, max_length, device):
-    """A frozen teacher on `device`, the items it is to see, its layers L_T behind the embedding, and d_T.
-
-    These are `max_length`, or as many as it reads if None is asked for.
-    """
+    """A frozen teacher on `device`, the items it sees (`max_length`, or all it reads if that is None), L_T, d_T."""
     program, config = load_model(path, user_count, item_count, data)
     if config["max_length"] < (max_length or 0):
         sys.exit(f"{path} reads {config['max_length']} items, not {max_length}; lower --max-length")

@@ -135,10 +135,9 @@ LOSSES = {"ce": ce_loss, "bce": bce_loss, "sampled": sampled_loss}
 
 
 def draw_negatives(users, seen, item_count, rng):
-    """A uniform item that the user has not seen, for each entry of `users`: int64 of the same shape.
+    """A uniform item that the user has not seen, for each entry of `users`, indices: int64 of the same shape.
 
-    `users` are indices; `seen` the training interactions as sorted numbers user * (item_count + 1) + item: a
-    look-up is a binary search, and memory that of the interactions. Every user must have an unseen item.
+    `seen` is what `seen_in_training` gives: a look-up is a binary search.
     """
     drawn, wrong = rng.integers(1, item_count + 1, users.size), np.arange(users.size)
     while len(wrong):
@@ -265,10 +264,7 @@ def training_part(path, starts, max_length, rng):
 
 
 def seen_in_training(user_ids, starts, items):
-    """The training interactions as sorted numbers user * (V + 1) + item, each once; users are indices.
-
-    Ends when a user has seen every item, so that there is none to draw.
-    """
+    """The training interactions as sorted numbers user * (V + 1) + item, each once; users are indices."""
     owner, base = np.repeat(np.arange(len(user_ids)), np.diff(starts)), items.max() + 1
     training = np.arange(len(items)) < leave_one_out(starts)[0][owner]
     seen = np.unique((owner * base + items)[training])
@@ -286,10 +282,9 @@ def pad_batch(items, begin, end):
 
 
 def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories are about equally long, so that little padding is computed.
+    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: little padding.
 
-    `length` [U]. Within each 64 shuffled batches (a quarter of all, where that is less: batches should differ
-    from epoch to epoch) the histories are sorted by length; then the batches are shuffled.
+    Each 64 shuffled batches (a quarter of all, if less: epochs should differ) are sorted by length.
     """
     order = rng.permutation(len(length))
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
@@ -321,7 +316,7 @@ def rank_of_target(scores, target, seen):
 def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
 
-    `model` is a program or a module in evaluation mode that sees the last `max_length` training items.
+    `model`, in evaluation mode, sees the last `max_length` training items.
     """
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
@@ -351,10 +346,7 @@ def write(path, content):
 
 
 def export(model, max_length):
-    """The program of `model` in evaluation mode, for any number of users and up to `max_length` items.
-
-    It shares the model's parameters.
-    """
+    """The program of `model`, with its parameters, for any number of users and up to `max_length` items."""
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
     example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
     return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))

@@ -70,7 +70,7 @@ def operated(name, x, weight=None, bias=None):
     if "conv" in name:
         return bias[:, None] + sum(weight[..., k] @ shifted for k, shifted in enumerate(past))
     if name == "max_pool":
-        return torch.stack(past).amax(0)
+        return torch.stack(past).max(0).values  # the oldest of equal ones gets the gradient
     return sum(past) / len(past) if past else torch.zeros_like(x)
 
 

@@ -671,7 +671,7 @@ def export(model, max_length):
 
 
 def load_model(path, user_count, item_count, data=None):
-    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if that is given."""
+    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if given."""
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
@@ -689,7 +689,7 @@ def load_model(path, user_count, item_count, data=None):
 
 
 def load_teacher(path, user_count, item_count, data, max_length, device):
-    """A frozen teacher on `device`, the items it sees (`max_length`, or all it reads if that is None), L_T, d_T."""
+    """A frozen teacher, the items it sees (`max_length`, or what it reads if that is None), L_T and d_T."""
     program, config = load_model(path, user_count, item_count, data)
     if config["max_length"] < (max_length or 0):
         sys.exit(f"{path} reads {config['max_length']} items, not {max_length}; lower --max-length")

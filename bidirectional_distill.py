@@ -341,7 +341,7 @@ def train(args):
 def with_dropout(module, on, share=None):
     """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
 
-    Dropout stands in its graph as dropout(x, share, on). BatchNorm, and dropout inside a GRU, stay as exported.
+    Dropout stands in its graph as dropout(x, share, on). BatchNorm and a GRU's dropout stay as exported.
     """
     nodes = [node for node in module.graph.nodes if node.target is torch.ops.aten.dropout.default]
     if share is not None and not nodes:
@@ -509,7 +509,7 @@ def export(model, max_length):
 
 
 def load_model(path, user_count, item_count, data=None):
-    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if that is given."""
+    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if given."""
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:

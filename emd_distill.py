@@ -187,7 +187,7 @@ def L(student, teacher, target, W, w, args):
 def with_dropout(module, on, share=None):
     """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
 
-    Dropout stands in its graph as dropout(x, share, on). BatchNorm, and dropout inside a GRU, stay as exported.
+    Dropout stands in its graph as dropout(x, share, on). BatchNorm and a GRU's dropout stay as exported.
     """
     nodes = [node for node in module.graph.nodes if node.target is torch.ops.aten.dropout.default]
     if share is not None and not nodes:
@@ -397,7 +397,7 @@ def write(path, content):
 
 
 def load_model(path, user_count, item_count, data=None):
-    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if that is given."""
+    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if given."""
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
@@ -415,7 +415,7 @@ def load_model(path, user_count, item_count, data=None):
 
 
 def load_teacher(path, user_count, item_count, data, max_length, device):
-    """A frozen teacher on `device`, the items it sees (`max_length`, or all it reads if that is None), L_T, d_T."""
+    """A frozen teacher, the items it sees (`max_length`, or what it reads if that is None), L_T and d_T."""
     program, config = load_model(path, user_count, item_count, data)
     if config["max_length"] < (max_length or 0):
         sys.exit(f"{path} reads {config['max_length']} items, not {max_length}; lower --max-length")

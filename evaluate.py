@@ -289,7 +289,7 @@ def sha256_of(path):
 
 
 def load_model(path, user_count, item_count, data=None):
-    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if that is given."""
+    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if given."""
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:

@@ -1,9 +1,13 @@
 """evaluate.py against hand-computed ranks, a slow second implementation, and models whose answer is known."""
 
+import hashlib
+import io
 import json
 import math
 import subprocess
 import sys
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,59 +19,37 @@ import evaluate
 import sasrec_teacher as teacher
 
 
-class Counting(nn.Module):
-    """Scores item `last + step` 1 and all others 0: right where histories count in steps of `step`."""
+class Scorer(nn.Module):
+    """Scores all items by the sum of the tables' rows for the items it reads, and for the user: [_, V+1]."""
 
-    def __init__(self, item_count, step=1):
+    def __init__(self, by_item, by_user):
         super().__init__()
-        self.item_vectors = nn.Parameter(torch.eye(item_count + 1))
-        self.step = step
+        self.by_item, self.by_user = nn.Parameter(by_item.float()), nn.Parameter(by_user.float())
+        self.item_vectors = nn.Parameter(torch.eye(by_item.shape[1]))
 
     def forward(self, users, items):
-        output = self.item_vectors[(items + self.step).clamp(max=len(self.item_vectors) - 1)]
+        output = self.by_item[items].cumsum(1) + self.by_user[users][:, None]
         return output[None], output, self.item_vectors
 
 
-class Constant(nn.Module):
-    """Scores all items alike."""
-
-    def __init__(self, item_count):
-        super().__init__()
-        self.item_vectors = nn.Parameter(torch.ones(item_count + 1, 1))
-
-    def forward(self, users, items):
-        output = torch.ones_like(items)[..., None].float()
-        return output[None], output, self.item_vectors
+def in_order(item_count, user_count):
+    """A model that scores item 1 above 2 above 3, whatever it reads; padding stands above all."""
+    by_user = -torch.arange(item_count + 1).expand(user_count + 1, -1)
+    return Scorer(torch.zeros(item_count + 1, item_count + 1), by_user)
 
 
-class Popularity(nn.Module):
-    """Scores items by a fixed number each, and user u's favourite u far above: it looks at `users` alone."""
-
-    def __init__(self, item_count, users=9):
-        super().__init__()
-        self.favourite = nn.Parameter(torch.eye(users + 1, item_count + 1))
-        vectors = torch.cat([torch.eye(item_count + 1), -torch.arange(item_count + 1.0)[:, None]], 1)
-        self.item_vectors = nn.Parameter(vectors)  # a bias is one more column
-
-    def forward(self, users, items):
-        favourite = 1000 * self.favourite[users]  # [B, V+1]
-        output = torch.cat([favourite, torch.ones_like(favourite[:, :1])], 1)
-        output = output[:, None].expand(-1, items.shape[1], -1) + 0 * items[..., None]
-        return output[None], output, self.item_vectors
-
-
-def report(argv, capsys):
+def report(capsys, *argv):
     """What `main` prints with --json."""
-    assert evaluate.main([*map(str, argv), "--json"]) == 0
+    evaluate.main([*map(str, argv), "--json"])
     return json.loads(capsys.readouterr().out)
 
 
-def fails(argv, capsys):
-    """Run `main` on `argv`; check that it ended with one line and status 2, and return the line."""
-    assert evaluate.main([str(a) for a in argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("evaluate.py: ")
-    return captured.err
+def fails(capfd, *argv):
+    """The one line that `main` ends with, on standard error and with status 1; nothing else is said."""
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*map(str, argv)])
+    assert "\n" not in end.value.code and capfd.readouterr() == ("", "")
+    return end.value.code
 
 
 # ---- Ranks and metrics -------------------------------------------------------------------------------------
@@ -94,7 +76,7 @@ def test_rank_by_hand(scores, target, seen, rank):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_has_no_rank(value):
     scores = torch.tensor([[0.0, 1, 2], [0, 1, value]])
-    with pytest.raises(evaluate.BadInput, match="not finite"):
+    with pytest.raises(SystemExit, match="not finite"):
         evaluate.rank_of_target(scores, torch.tensor([2, 2]), torch.tensor([[0], [0]]))
 
 
@@ -107,11 +89,13 @@ def test_metrics_by_hand():
 
 def slow_rank(scores, target, seen):
     """The mean place of the target over all ways to order ties, by sorting."""
-    candidates = sorted(
-        {i for i in range(1, len(scores)) if i not in seen} | {target}, key=lambda i: -scores[i]
-    )
-    places = [place for place, i in enumerate(candidates, 1) if scores[i] == scores[target]]
-    return sum(places) / len(places)
+    rivals = sorted({*range(1, len(scores))} - {*seen} | {target}, key=lambda i: -scores[i])
+    return np.mean([place for place, i in enumerate(rivals, 1) if scores[i] == scores[target]])
+
+
+def slow_metrics(rank, k):
+    """HR@k, NDCG@k and MRR@k of one user."""
+    return [float(rank <= k), (rank <= k) * math.log(2) / math.log(rank + 1), (rank <= k) / rank]
 
 
 def test_ranks_and_metrics_equal_a_slow_implementation_in_1000_cases():
@@ -119,222 +103,181 @@ def test_ranks_and_metrics_equal_a_slow_implementation_in_1000_cases():
     for _ in range(1000):
         item_count, k = rng.integers(2, 40), int(rng.integers(1, 12))
         scores = rng.integers(0, rng.integers(1, 50), item_count + 1).astype(np.float32)  # with many ties
-        seen = rng.integers(0, item_count + 1, rng.integers(1, 20))
-        target = int(rng.integers(1, item_count + 1))
-        expected = slow_rank(scores.tolist(), target, set(seen.tolist()))
-        rank = evaluate.rank_of_target(
-            torch.tensor(scores)[None], torch.tensor([target]), torch.tensor(seen)[None]
-        )
+        seen, target = rng.integers(0, item_count + 1, rng.integers(1, 20)), int(rng.integers(1, item_count + 1))
+        given = torch.tensor(scores)[None], torch.tensor([target]), torch.tensor(seen)[None]
+        rank, expected = evaluate.rank_of_target(*given), slow_rank(scores, target, seen)
         assert rank.item() == expected
-        hr, ndcg, mrr = (values.item() for values in evaluate.metrics(rank.numpy(), k))
-        inside = 1 if expected <= k else 0
-        assert hr == inside and mrr == inside / expected
-        assert ndcg == pytest.approx(inside * math.log(2) / math.log(expected + 1))
+        found = [values.item() for values in evaluate.metrics(rank.numpy(), k)]
+        assert found == pytest.approx(slow_metrics(expected, k), abs=1e-12)
 
 
-def test_a_constant_scorer_gets_what_chance_gets(write_data, write_model, capsys):
-    rng = np.random.default_rng(0)
-    data = write_data({u: rng.permutation(30)[: 3 + u % 10] + 1 for u in range(1, 60)} | {60: [30, 1, 2]})
-    model = write_model(Constant(30), 30, 20)
-    evaluate_rank = [1 + (30 - (2 + u % 10) - 1) / 2 for u in range(1, 60)] + [1 + 27 / 2]
-    (full,) = report([data, model, "--at", 10, 14], capsys)
-    for k in (10, 14):
-        assert full[f"HR@{k}"] == pytest.approx(np.mean([r <= k for r in evaluate_rank]))
-        assert full[f"MRR@{k}"] == pytest.approx(np.mean([(r <= k) / r for r in evaluate_rank]))
-    (sampled,) = report([data, model, "--protocol", "uniform", "--negatives", 10], capsys)
-    assert sampled["MRR@10"] == pytest.approx(1 / 6) and sampled["HR@5"] == 0  # the middle of 11
+@pytest.mark.parametrize("split, seen", [("test", []), ("test", ["--keep-seen"]), ("valid", [])])
+def test_all_figures_of_accuracy_equal_a_slow_implementation(write_data, write_model, capsys, split, seen):
+    rng, ndcg = np.random.default_rng(0), []
+    lengths = {int(user): 1 + n % 12 for n, user in enumerate(rng.permutation(150)[:90] + 1)}
+    histories = {u: rng.integers(1, 26, n).tolist() for u, n in lengths.items()} | {200: [25, 1, 2, 3]}
+    data, torch_rng = write_data(histories), torch.Generator().manual_seed(0)
+    scorers = {n: Scorer(*(torch.randint(0, 4, (m, 26), generator=torch_rng) for m in (26, 201))) for n in (3, 7)}
+    paths = [write_model(scorer, 25, n, f"{n}.pt2", stage=f"of {n}") for n, scorer in scorers.items()]
+    results = report(capsys, data, *paths, "--at", 1, 4, 10, "--split", split, *seen)
+    for result, (n, scorer), path in zip(results, scorers.items(), paths, strict=True):
+        ranks = []
+        for user, items in histories.items():
+            if len(items) >= 3:
+                *history, target = items if split == "test" else items[:-1]
+                scores = scorer.by_item[history[-n:]].sum(0) + scorer.by_user[user]
+                ranks.append(slow_rank(scores.tolist(), target, [] if seen else history))
+        for k in (1, 4, 10):
+            expected = np.mean([slow_metrics(rank, k) for rank in ranks], 0)
+            assert [result[f"{name}@{k}"] for name in ("HR", "NDCG", "MRR")] == pytest.approx(expected)
+        about = {"model": str(path), "stage": f"of {n}", "users": len(ranks), "split": split}
+        assert about.items() <= result.items()
+        ndcg.append(np.array([slow_metrics(rank, 10)[1] for rank in ranks]))
+        half = 1.96 * ndcg[-1].std() / math.sqrt(len(ranks))
+        low_high = [ndcg[-1].mean() - half, ndcg[-1].mean() + half]
+        assert result["NDCG@10_interval"] == pytest.approx(low_high, abs=0.2 * half)
+    difference = ndcg[1] - ndcg[0]
+    t = difference.mean() / difference.std(ddof=1) * math.sqrt(len(difference))
+    assert results[0]["p_value"] == 1
+    assert results[1]["p_value"] == pytest.approx(2 * stats.t.sf(abs(t), len(difference) - 1))
 
 
-# ---- The protocol, through the command ---------------------------------------------------------------------
-
-
-def test_history_is_all_before_the_target(write_data, write_model, capsys):
-    # from each item to the validation item it is one step, from that to the test item two
-    data = write_data({u: [u, u + 1, u + 2, u + 4] for u in range(1, 8)} | {8: [11], 9: [9, 10]})
-    for step, right, wrong in [(1, "valid", "test"), (2, "test", "valid")]:
-        model = write_model(Counting(11, step), 11, 5)
-        (result,) = report([data, model, "--split", right], capsys)
-        assert result["HR@5"] == result["NDCG@10"] == result["MRR@20"] == 1 and result["users"] == 7
-        assert report([data, model, "--split", wrong], capsys)[0]["MRR@20"] < 0.6
-    assert report([data, model], capsys)[0]["split"] == "test"
-
-
-def test_a_history_longer_than_the_model_takes_is_cut_but_still_left_out(write_data, write_model, capsys):
-    data = write_data({1: [1, 2, 3, 4, 5, 6, 7, 8, 9]})
-    model = write_model(Constant(9), 9, 3)
-    (result,) = report([data, model], capsys)
-    assert result["MRR@5"] == 1  # the other eight items are in the history
-    (result,) = report([data, model, "--keep-seen"], capsys)
-    assert result["MRR@5"] == pytest.approx(1 / 5)
-
-
-def test_a_model_of_users_with_a_bias_column(write_data, write_model, capsys):
-    data = write_data({1: [3, 4, 1], 2: [5, 1, 3], 9: [1, 2, 9]})
-    (result,) = report([data, write_model(Popularity(9), 9, 4)], capsys)
-    # user 1: its favourite; user 2: 2 is first, then 3; user 9: its favourite
-    assert result["MRR@5"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+# ---- Sampled protocols -------------------------------------------------------------------------------------
 
 
 def test_candidates_are_unseen_different_and_uniform():
-    generator = torch.Generator().manual_seed(0)
     taken = torch.tensor([[1, 2, 0]]).expand(4000, -1)
-    drawn = evaluate.draw_candidates(torch.ones(11), taken, 3, generator)
-    assert (drawn >= 3).all() and all(len(set(row)) == 3 for row in drawn.tolist())
+    drawn = evaluate.draw_candidates(torch.ones(11), taken, 3, torch.Generator().manual_seed(0))
+    assert (drawn >= 3).all() and all(len({*row}) == 3 for row in drawn.tolist())
     for place in range(3):
         assert stats.chisquare(np.bincount(drawn[:, place], minlength=11)[3:]).pvalue > 1e-3
 
 
 def test_candidates_by_popularity_follow_their_weights():
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.tensor([7.0, 1, 2, 3, 0, 4, 5])
-    drawn = evaluate.draw_candidates(weight, torch.tensor([[3]]).expand(20000, -1), 1, generator)[:, 0]
+    weight, taken = torch.tensor([7.0, 1, 2, 3, 0, 4, 5]), torch.tensor([[3]]).expand(20000, -1)
+    drawn = evaluate.draw_candidates(weight, taken, 1, torch.Generator().manual_seed(0))[:, 0]
     counts = np.bincount(drawn, minlength=7)
     assert counts[[0, 3, 4]].sum() == 0
     assert stats.chisquare(counts[[1, 2, 5, 6]], np.array([1, 2, 4, 5]) / 12 * 20000).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("protocol", ["uniform", "popularity"])
-def test_sampled_protocols_rank_among_the_drawn_items(write_data, write_model, capsys, protocol):
-    rng = np.random.default_rng(0)
-    data = write_data({u: rng.permutation(60)[:6] + 1 for u in range(1, 200)} | {200: [60, 1, 2, 3, 4, 5]})
-    by_number = Popularity(60, users=200)
-    with torch.no_grad():
-        by_number.favourite.zero_()  # no favourites: item 1 before 2 before 3 ...
-    model = write_model(by_number, 60, 5)
-    argv = [data, model, model, "--protocol", protocol, "--negatives", 20]
-    first, second = report(argv, capsys)
+def test_sampled_protocols_rank_among_the_drawn_items(write_data, write_model, capfd, protocol):
+    rng, chance = np.random.default_rng(0), 1 / np.arange(1, 31)
+    draw = lambda: rng.choice(30, 5, replace=False, p=chance / chance.sum()) + 1  # noqa: E731
+    histories = {user: draw().tolist() for user in range(1, 400)} | {400: [30, *range(1, 30)][:5]}
+    data, counts = write_data(histories), np.bincount(sum(histories.values(), []), minlength=31)
+    models = [write_model(in_order(30, 400), 30, n, f"{n}.pt2") for n in (5, 2)]
+    sampled = [data, *models, "--protocol", protocol, "--at", 1, 10, "--negatives"]
+    # against one drawn item, the target wins as often as the items behind it are drawn
+    weight, wins = counts if protocol == "popularity" else np.ones(31), []
+    for *history, target in histories.values():
+        rivals = np.array([item for item in range(1, 31) if item not in (*history, target)])
+        wins.append(weight[rivals[rivals > target]].sum() / weight[rivals].sum())
+    first, second = report(capfd, *sampled, 1)
+    error = math.sqrt(np.mean(np.array(wins) * (1 - np.array(wins))) / 400)
+    assert first["HR@1"] == pytest.approx(np.mean(wins), abs=3.5 * error)
     assert first["NDCG@10"] == second["NDCG@10"]  # the same items for both
-    assert report([*argv, "--seed", 1], capsys)[0]["NDCG@10"] != first["NDCG@10"]
-    assert abs(first["HR@10"] - 10 / 21) < 0.11  # about chance: 3 standard errors
-    (everything,) = report([data, model, "--protocol", protocol, "--negatives", 54], capsys)
-    (full,) = report([data, model], capsys)
-    assert everything["MRR@10"] == full["MRR@10"]  # all unseen items drawn: the full ranking
+    assert report(capfd, *sampled, 1, "--seed", 1)[0]["HR@1"] != first["HR@1"]
+    everything, full = report(capfd, *sampled, 25), report(capfd, data, *models)
+    assert everything[1]["MRR@10"] == full[1]["MRR@10"]  # all unseen items drawn: the full ranking
+    for count in (26, 70):
+        assert f"fewer than {count} unseen items" in fails(capfd, *sampled, count)
+    alike = write_model(Scorer(torch.zeros(31, 31), torch.zeros(401, 31)), 30, 5)
+    (chance,) = report(capfd, data, alike, *sampled[3:], 10)
+    assert chance["MRR@10"] == pytest.approx(1 / 6) and chance["HR@1"] == 0  # the middle of 11
 
 
 # ---- Statistics --------------------------------------------------------------------------------------------
 
 
-def test_bootstrap_interval_is_about_two_standard_errors():
-    values = np.random.default_rng(0).random(4000)
-    low, high = evaluate.bootstrap_interval(values, seed=0)
-    error = values.std() / math.sqrt(4000)
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+def test_bootstrap_interval_is_of_95_percent():
+    values = np.random.default_rng(0).random(400)
+    found = np.array(evaluate.bootstrap_interval(values, seed=0, resamples=40_000))
+    np.testing.assert_allclose((found - values.mean()) / values.std() * 20, [-1.96, 1.96], atol=0.04)
 
 
 def test_paired_p_value_agrees_with_a_permutation_test():
     rng = np.random.default_rng(0)
     a = rng.random(300)
     b = a + rng.normal(0.02, 0.2, 300)
-    difference = a - b
-    flipped = np.abs((difference * rng.choice([-1, 1], (20000, 300))).mean(1))
-    expected = (flipped >= abs(difference.mean())).mean()
+    flipped = np.abs(((a - b) * rng.choice([-1, 1], (20000, 300))).mean(1))
+    expected = (flipped >= abs((a - b).mean())).mean()
     assert 0.01 < expected < 0.9
     assert evaluate.paired_p_value(a, b) == pytest.approx(expected, abs=0.02)
-    assert evaluate.paired_p_value(a, a) == 1
 
 
-# ---- Size and speed ----------------------------------------------------------------------------------------
+# ---- Size and speed, and how they are printed --------------------------------------------------------------
 
 
-@pytest.fixture
-def two_models(write_data, tmp_path):
-    """Data of 40 users and 50 items, and two SASRec of different size."""
-    rng = np.random.default_rng(0)
+def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys, monkeypatch):
+    rng, paths, n = np.random.default_rng(0), [], {16: 10, 8: 5}
     data = write_data({u: rng.permutation(50)[: 3 + u % 20] + 1 for u in range(1, 41)} | {41: [50, 1, 2]})
-    paths = []
-    for name, dim in [("large", 16), ("small", 8)]:
-        model = teacher.SASRec(50, 10, dim, 2, 2, 0.0)
-        paths.append(tmp_path / f"{name}.pt2")
-        paths[-1].write_bytes(teacher.export_model(model, 10, {"items": 50, "max_length": 10, "stage": name}))
-    return data, paths
-
-
-def test_parameters_and_multiply_adds_are_counted(two_models, capsys):
-    data, paths = two_models
-    large, small = report([data, *paths], capsys)
-    for result, d in [(large, 16), (small, 8)]:
+    for d in n:
+        model = teacher.SASRec(50, n[d], d, 2, 2, 0.0)
+        paths.append(write_model(model, 50, n[d], f"{d}.pt2"))
+    # a batch takes as many milliseconds as the model reads items, one of 256 users 32 times as many
+    spent = lambda model, data, n, device, batch, repeats: n * {1: 1, 256: 32}[batch]  # noqa: E731
+    monkeypatch.setattr(evaluate, "milliseconds", spent)
+    results = report(capsys, data, *paths)
+    for result, (d, length) in zip(results, n.items(), strict=True):
         block = 4 * d * d + 4 * d + 2 * d * d + 2 * d + 4 * d  # attention, feed-forward, two norms
-        assert result["parameters_without_embeddings"] == 2 * block + 2 * d + 10 * d  # final norm, positions
-        assert result["parameters"] == result["parameters_without_embeddings"] + 51 * d
-        assert result["macs"] == 2 * (10 * 6 * d * d + 2 * 10 * 10 * d)  # linear maps; Q K^T and its use
+        small = 2 * block + 2 * d + length * d  # final norm, positions
+        assert (result["parameters"], result["parameters_without_embeddings"]) == (small + 51 * d, small)
+        assert result["macs"] == 2 * (length * 6 * d * d + 2 * length**2 * d)  # linear maps; Q K^T and its use
         assert result["macs_item_scores"] == 50 * d
+        assert (result["ms_per_user"], result["ms_per_1000_users"]) == (length, length * 125)
+        assert result["speed_up"] == 10 / length
+    evaluate.main([str(data), *map(str, paths)])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "test items of 41 users" in first and len({*map(len, lines)}) == 1
+    names = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in (5, 10, 20)]
+    expected = [["16", "8"], *([f"{r[name]:.4f}" for r in results] for name in names)]
+    expected += [["{:.4f}-{:.4f}".format(*r["NDCG@10_interval"]) for r in results]]
+    expected += [["1", f"{results[1]['p_value']:.2g}"]]
+    for name in ("parameters", "parameters_without_embeddings", "macs", "macs_item_scores"):
+        expected += [[f"{r[name]:,}" for r in results]]
+    expected += [["10.000", "5.000"], ["1250.0", "625.0"], ["1.00x", "2.00x"]]
+    assert [line[29:].split() for line in lines] == expected
+    assert [line[:29].strip() for line in lines[1:10]] == names
 
 
-def test_json_has_every_figure(two_models, capsys):
-    data, paths = two_models
-    large, small = report([data, *paths, "--at", 1, 10], capsys)
-    accuracy = {f"{m}@{k}" for m in ("HR", "NDCG", "MRR") for k in (1, 10)}
-    others = {
-        "model",
-        "stage",
-        "users",
-        "split",
-        "NDCG@10_interval",
-        "p_value",
-        "parameters",
-        "macs",
-        "speed_up",
-    }
-    others |= {"parameters_without_embeddings", "macs_item_scores", "ms_per_user", "ms_per_1000_users"}
-    assert large.keys() == small.keys() == accuracy | others
-    assert large["model"] == str(paths[0]) and large["users"] == 41 and large["stage"] == "large"
-    assert large["speed_up"] == 1 and large["p_value"] == 1
-    assert small["speed_up"] == pytest.approx(large["ms_per_user"] / small["ms_per_user"])
-    for result in (large, small):
-        assert result["NDCG@10_interval"][0] <= result["NDCG@10"] <= result["NDCG@10_interval"][1]
-        assert result["ms_per_user"] > 0 and result["ms_per_1000_users"] > 0
+def test_milliseconds_are_the_median_of_batches_after_the_first(monkeypatch):
+    now, taken, asked = [0.0], iter([100.0, 3, 1, 8] * 2), []
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
+    def model(users, windows):
+        now[0] += next(taken)
+        asked.append((users.tolist(), windows.tolist()))
+        return None, torch.zeros(*windows.shape, 1), torch.ones(6, 1)
 
-def test_table_has_a_column_a_model(two_models, capsys):
-    data, paths = two_models
-    (expected, _) = report([data, *paths], capsys)
-    assert evaluate.main([str(data), *map(str, paths)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "41 users" in lines[0] and lines[1].split() == ["large", "small"]
-    rows = {line[:29].strip(): line[29:].split() for line in lines[2:]}
-    assert rows["NDCG@10"][0] == f"{expected['NDCG@10']:.4f}" and len(rows["NDCG@10"]) == 2
-    assert rows["parameters"][0] == f"{expected['parameters']:,}"
-    assert rows["p-value against first"][0] == "-" and rows["speed-up, one by one"][0] == "1.00x"
-
-
-def test_milliseconds_grow_with_the_work(write_data, write_model):
-    class Busy(nn.Module):
-        def __init__(self, size):
-            super().__init__()
-            self.work = nn.Parameter(torch.ones(size, size))
-            self.item_vectors = nn.Parameter(torch.ones(6, 1))
-
-        def forward(self, users, items):
-            output = torch.ones_like(items)[..., None] * (self.work @ self.work).mean()
-            return output[None], output, self.item_vectors
-
-    data = evaluate.read_interactions(write_data({1: [1, 2, 3], 2: [3, 4, 5]}))
-    light, heavy = (
-        evaluate.load_model(write_model(Busy(size), 5, 4, f"{size}.pt2"), 2, 5, "cpu")[0] for size in (2, 800)
-    )
-    times = [evaluate.milliseconds(program, data, 4, "cpu", 1, 9) for program in (light, heavy)]
-    assert times[1] > 2 * times[0]
+    data = np.arange(11, 19), np.arange(0, 41, 5), np.arange(1, 41)  # 8 users of 5 items
+    assert [evaluate.milliseconds(model, data, 3, "cpu", 2, 3) for _ in range(2)] == [3000, 3000]
+    assert asked[:4] == asked[4:] and sorted(sum((users for users, _ in asked[:4]), [])) == [*range(11, 19)]
+    for users, windows in asked:
+        assert windows == [[5 * (user - 10) - k for k in (2, 1, 0)] for user in users]
 
 
 # ---- Recommendations ---------------------------------------------------------------------------------------
 
 
-def test_recommend_prints_history_and_unseen_items_with_titles(write_data, write_model, capsys):
-    data = write_data({3: range(1, 13), 7: [5, 2]})
+def test_recommend_prints_history_and_best_unseen_items_with_titles(write_data, write_model, capfd):
+    data, lines = write_data({3: range(1, 13), 7: [9, 2, 5]}), lambda: capfd.readouterr().out.splitlines()
     data.with_name("data.txt.items.tsv").write_text("2\tTwo (1995)\n3\tThree\n", encoding="utf-8")
-    model = write_model(Counting(12), 12, 4)
-    assert evaluate.main([str(data), str(model), "--recommend", "7"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "user 7: the last of 2 items, oldest first"
-    assert [line.split() for line in lines[1:3]] == [["5"], ["2", "Two", "(1995)"]]
-    assert lines[3] == f"{model} recommends" and lines[4].split() == ["3", "Three"]
-    recommended = [int(line.split()[0]) for line in lines[4:]]
-    assert len(recommended) == 10 and not {0, 2, 5} & set(recommended)
-    assert evaluate.main([str(data), str(model), "--recommend", "7", "--keep-seen"]) == 0
-    assert evaluate.main([str(data), str(model), "--recommend", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{model} recommends"  # user 3 has seen every item
+    by_item = torch.zeros(13, 13)
+    by_item[5, 3], by_item[9, 4] = 100, 200  # the last two items, which the model reads, speak for 3
+    argv = [str(data), str(write_model(Scorer(by_item, in_order(12, 7).by_user), 12, 2)), "--recommend"]
+    evaluate.main([*argv, "7"])
+    title, *history, name = lines()[:5]
+    assert title == "user 7: the last of 3 items, oldest first" and name == f"{argv[1]} recommends"
+    assert history == ["          9", "          2  Two (1995)", "          5"]
+    evaluate.main([*argv, "7"])
+    assert [line.split()[0] for line in lines()[5:]] == "3 1 4 6 7 8 10 11 12".split()
+    evaluate.main([*argv, "7", "--keep-seen"])
+    assert [line.split() for line in lines()[5:8]] == [["3", "Three"], ["1"], ["2", "Two", "(1995)"]]
+    evaluate.main([*argv, "3"])
+    assert [line.split()[0] for line in lines()[1:-1]] == [*map(str, range(3, 13))]  # has seen every item
+    assert "has no user 8" in fails(capfd, *argv, 8)
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------
@@ -346,82 +289,31 @@ def data(write_data):
     return write_data({1: [3, 4, 1], 2: [5, 1, 3], 9: [1, 2, 9]})
 
 
-def test_unknown_user_is_told(data, write_model, capsys):
-    error = fails([data, write_model(Counting(9), 9, 4), "--recommend", 8], capsys)
-    assert "has no user 8; its ids go from 1 to 9" in error
+def test_what_is_no_model_is_told_in_one_line(data, tmp_path, write_model, capfd):
+    bad, good = tmp_path / "bad.pt2", write_model(in_order(9, 9), 9, 4)
+    program, archive = io.BytesIO(), io.BytesIO()
+    torch.export.save(torch.export.load(good), program)  # without config.json
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("notes/readme.txt", "no model")
+    half = good.read_bytes()[: good.stat().st_size // 2]
+    for content in (half, b"", b"no model", data.read_bytes(), program.getvalue(), archive.getvalue()):
+        bad.write_bytes(content)
+        assert f"{bad} is no model file" in fails(capfd, data, bad)
+    torch.save({"a": 1}, bad)
+    assert f"{bad} is no model file" in fails(capfd, data, good, bad)
+    assert "none.pt2: No such file" in fails(capfd, data, good, tmp_path / "none.pt2")
+    bad.write_bytes(half)  # of which torch itself would log a traceback
+    command = [sys.executable, evaluate.__file__, data, bad]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-def test_model_of_other_data_is_told(data, write_model, write_data, capsys):
-    error = fails([data, write_model(Popularity(9, users=8), 9, 4)], capsys)
-    assert "does not take user 9" in error
-    error = fails([data, write_model(Counting(8), 8, 4)], capsys)
-    assert "was made for 8 items, the data have 9" in error
-    assert evaluate.main([str(data), str(write_model(Counting(9), 9, 4, data_sha256="0" * 64))]) == 0
-    assert "was trained on other data" in capsys.readouterr().err
-
-
-def test_no_model_is_told(data, tmp_path, capsys):
-    for content in (b"", b"no model", data.read_bytes()):
-        (tmp_path / "no.pt2").write_bytes(content)
-        assert "no.pt2 is no model file" in fails([data, tmp_path / "no.pt2"], capsys)
-    torch.save({"a": 1}, tmp_path / "other.pt2")
-    assert "other.pt2 is no model file" in fails([data, tmp_path / "other.pt2"], capsys)
-    assert "cannot read" in fails([data, tmp_path / "none.pt2"], capsys)
-
-
-def test_model_that_breaks_the_contract_is_told(data, write_model, tmp_path, capsys):
-    error = fails([data, write_model(Counting(9), 9, 4, items=None)], capsys)
-    assert "no config.json with `items` and `max_length`" in error
-    too_few = Counting(9)
-    too_few.item_vectors = nn.Parameter(torch.eye(9))
-    assert "do not fit" in fails([data, write_model(too_few, 9, 4)], capsys)
-    for value in (math.nan, math.inf):
-        wild = Counting(9)
-        with torch.no_grad():
-            wild.item_vectors[3, 3] = value
-        assert "not finite" in fails([data, write_model(wild, 9, 4)], capsys)
-
-    class Wild(Constant):
+def test_model_that_does_not_fit_is_told(data, write_model, capfd):
+    class Bent(Scorer):
         def forward(self, users, items):
             hidden, output, item_vectors = super().forward(users, items)
-            return hidden, output / (items[..., None] != 2), item_vectors
+            return {"hidden": hidden[0], "output": output[..., 1:], "item_vectors": item_vectors}
 
-    assert "not finite" in fails([data, write_model(Wild(9), 9, 4)], capsys)
-
-
-def test_bad_data_is_told(write_data, tmp_path, write_model, capsys):
-    model = write_model(Counting(9), 9, 4)
-    (tmp_path / "bad.txt").write_text("1 2\n1 x\n")
-    assert "bad.txt, line 2" in fails([tmp_path / "bad.txt", model], capsys)
-    assert "No such file" in fails([tmp_path / "none.txt", model], capsys)
-    short = write_data({1: [9], 2: [1, 2]})
-    assert "no user has 3 interactions" in fails([short, model], capsys)
-
-
-def test_too_many_negatives_are_told(data, write_model, capsys):
-    error = fails([data, write_model(Counting(9), 9, 4), "--protocol", "uniform", "--negatives", 7], capsys)
-    assert "fewer than 7 unseen items" in error
-    error = fails([data, write_model(Counting(9), 9, 4), "--protocol", "uniform", "--negatives", 70], capsys)
-    assert "lower --negatives" in error
-
-
-@pytest.mark.parametrize("option", ["--seed=-1", "--at=0", "--negatives=0", "--split=train"])
-def test_settings_out_of_range_end_with_status_2(data, option):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([str(data), "model.pt2", option])
-    assert end.value.code == 2
-
-
-def test_as_a_command(data, write_model):
-    command = [sys.executable, evaluate.__file__, data, write_model(Counting(9), 9, 4), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and len(json.loads(done.stdout)) == 1
-
-
-def test_a_reader_that_stops_reading_gets_no_traceback(data, write_model):
-    command = [sys.executable, evaluate.__file__, data, write_model(Counting(9), 9, 4)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 0
-    process.stderr.close()
+    bad = {"users": in_order(9, 8), "items": in_order(8, 9), "vectors": in_order(9, 9), "nan": in_order(9, 9)}
+    bad["vectors"].item_vectors = nn.Parameter(torch.eye(11, 10))
+    bad["nan"].by_user.data[2, 3] = math.nan

@@ -1,6 +1,5 @@
 """data/prepare.py against oracles of its own: plain Python loops, sums by hand and chi-square."""
 
-import errno
 import gzip
 import hashlib
 import io
@@ -22,7 +21,9 @@ from scipy import stats
 def pairs(path):
     """The rows of a table."""
     if path.suffix == ".npy":
-        return [tuple(row) for row in np.load(path, mmap_mode="r").tolist()]
+        table = np.load(path, mmap_mode="r")
+        assert table.dtype == np.int64
+        return list(map(tuple, table.tolist()))
     return [tuple(map(int, line.split(" "))) for line in path.read_text().splitlines()]
 
 
@@ -32,7 +33,7 @@ def names(out, side):
 
 
 def zipped(members):
-    """The bytes of a .zip of {name: text}."""
+    """The bytes of a .zip of {name: content}."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, text in members.items():
@@ -75,15 +76,11 @@ def wheel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("download", [False, True])
-def test_ml_100k_sorts_by_user_and_time_and_keeps_ties_and_ids(
-    download, wheel, tmp_path, monkeypatch, capsys
-):
+def test_ml_100k_is_in_time_order_with_its_own_ids(download, wheel, tmp_path, monkeypatch, capsys):
     folders = []
 
     def pip(command, **_):
-        assert (
-            "pip download" in " ".join(command) and "--no-deps" in command and command[-1] == "recbole==1.2.1"
-        )
+        assert "pip download" in " ".join(command) and "--no-deps" in command and command[-1] == prepare.WHEEL
         folders.append(Path(command[command.index("--dest") + 1]))
         (folders[0] / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0)
@@ -107,10 +104,11 @@ def test_ml_100k_without_a_network_says_what_to_do(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spoilt", ["no zip", "cut", "no members", *MEMBERS])
 def test_ml_100k_refuses_a_file_that_is_no_such_wheel(spoilt, wheel, tmp_path):
-    contents = {"no zip": b"not a wheel", "cut": zipped(MEMBERS)[:-30], "no members": zipped({})}
-    wheel.write_bytes(
-        contents.get(spoilt) or zipped(MEMBERS | {spoilt: MEMBERS.get(spoilt, "") + "9\t9\t9\t9\n"})
-    )
+    contents = {"no zip": b"not a wheel", "cut": wheel.read_bytes()[:-30], "no members": zipped({})}
+    contents |= {
+        member: zipped(MEMBERS | {member: text + "9\t9\t9\t9\n"}) for member, text in MEMBERS.items()
+    }
+    wheel.write_bytes(contents[spoilt])
     fails(["ml-100k --wheel", wheel, "--out", tmp_path / "ml.txt"], "SHA-256" if spoilt in MEMBERS else "")
     assert list(tmp_path.iterdir()) == [wheel]
 
@@ -197,9 +195,8 @@ def test_the_command_writes_what_the_seed_draws_in_slices_too(scene, lag, tmp_pa
     histories, tastes, _ = prepare.simulate(world, lag, 0.3, 50, 8, rng)
     assert whole[0] == [(user, item) for user, row in enumerate(histories, 1) for item in row]
     # In expectation the best of all models has the likeliest item first, and so on.
-    truths = [
-        reference(world, lag, 0.3, row[:-1].tolist(), t) for row, t in zip(histories, tastes, strict=True)
-    ]
+    cases = zip(histories[:, :-1].tolist(), tastes, strict=True)
+    truths = [reference(world, lag, 0.3, history, taste) for history, taste in cases]
     likeliest = np.array([sorted(truth.values(), reverse=True)[:10] for truth in truths]).mean(axis=0)
     hr, ndcg = likeliest.sum(), sum(p / np.log2(rank + 1) for rank, p in enumerate(likeliest, 1))
     assert f"best possible on the test items: HR@10 {hr:.4f}, NDCG@10 {ndcg:.4f}\n" in whole[1]
@@ -212,9 +209,7 @@ def test_synthetic_defaults_give_full_histories_without_repeats(tmp_path, capsys
     out = tmp_path / "a" / "b" / "taste.npy"  # the folders are made
     main("synthetic --scene taste --out", out)
     table = pairs(out)
-    assert (
-        len(table) == len({*table}) == 60_000 and np.load(out).dtype == np.int64
-    )  # no user has an item twice
+    assert len(table) == len({*table}) == 60_000  # no user has an item twice
     assert np.min(table, axis=0).tolist() == [1, 1] and np.max(table, axis=0).tolist() == [2000, 200]
     assert [path.name for path in out.parent.iterdir()] == ["taste.npy"]
     assert "2,000 users, 200 items, 60,000 interactions" in capsys.readouterr().out
@@ -227,7 +222,6 @@ OUTSIDE += ["--noise 1.1", "--noise nan", "--lag 0", "--lag 29", "--seed -1"]
 @pytest.mark.parametrize("options", OUTSIDE)
 def test_synthetic_refuses_what_makes_no_scene(options, tmp_path):
     fails(["synthetic --scene lag --out", tmp_path / "x.txt", options], "a scene needs ")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("extreme", ["--lag 28", "--items 30", "--noise 1", "--length 200 --users 3"])
@@ -239,7 +233,7 @@ def test_synthetic_runs_at_the_limits(extreme, tmp_path):
 # ---- Any rating log ---------------------------------------------------------------------------------------
 
 
-def convert_slowly(rows, event, min_rating, dedupe, k, timed):
+def convert_slowly(rows, event=None, min_rating=0, dedupe=False, k=1, timed=False):
     """The table and both maps that `convert` must give for rows (user, item, rating, time, event)."""
     rows = [row for row in rows if event in (None, row[4]) and row[2] >= min_rating]
     first = {}
@@ -254,53 +248,37 @@ def convert_slowly(rows, event, min_rating, dedupe, k, timed):
     users, items = (list(dict.fromkeys(row[side] for row in rows)) for side in (0, 1))
     rows = sorted(rows, key=lambda row: (users.index(row[0]), row[3] * timed))
     table = [(users.index(row[0]) + 1, items.index(row[1]) + 1) for row in rows]
-    return table, *(
-        "".join(f"{n}\t{name}\n" for n, name in enumerate(ids, 1)).encode() for ids in (users, items)
-    )
+    maps = ["".join(f"{n}\t{name}\n" for n, name in enumerate(ids, 1)) for ids in (users, items)]
+    return table, *(text.encode() for text in maps)
 
 
-FORMS = [
-    (separator, "view", 2.5, False, 4, True)
-    for separator in [",", "\t", "::", ";", "|", " ", "^", "tab", "<>"]
-]
-FORMS += [
-    (",", None, -1, *rest) for rest in [(True, 1, True), (True, 7, True), (True, 7, False), (False, 1, False)]
-]
-
-
-@pytest.mark.parametrize("separator, event, min_rating, dedupe, k, timed", FORMS)
+@pytest.mark.parametrize("separator", [",", "\t", "::", ";", "|", " ", "^", "tab", "<>"])
 @pytest.mark.parametrize("header", [True, False])
 @pytest.mark.parametrize("form", [".csv", ".gz", ".zip"])
-def test_convert_agrees_with_a_plain_reference(
-    separator, event, min_rating, dedupe, k, timed, header, form, tmp_path, capsys
-):
-    random.seed(1)  # 900 rows with repeats, and with few times so that there are ties
-    stars, kinds = [1, 2.5, 4, 5], ["view", "view", "buy"]
-    draws = (f"u{random.randrange(60)}" for _ in range(900))
-    rows = [
-        (user, f"i{random.randrange(70)}", random.choice(stars), random.randrange(30), random.choice(kinds))
-        for user in draws
-    ]
-    columns = "who what stars when kind" if header else "1 2 3 4 5"
-    user, item, rating, when, kind = columns.split()
-    options = f"--user {user} --item {item} --rating {rating} --event-column {kind} --k-core {k}"
-    options += f" --separator {separator}" * (separator in ("^", "tab", "<>"))  # others are found
-    options += f" --min-rating {min_rating}" + f" --event {event}" * (event is not None)
-    options += f" --time {when}" * timed + " --dedupe" * dedupe
+def test_convert_agrees_with_a_plain_reference(separator, header, form, tmp_path, capsys):
+    draw, columns = random.Random(1).choice, "who what stars when kind" if header else "1 2 3 4 5"
+    kinds = range(60), range(70), [1, 2.5, 4, 5], range(30), ["view", "view", "buy"]  # few times: many ties
+    rows = [tuple(map(draw, kinds)) for _ in range(900)]
     lines = [columns.split()] * header + [map(str, row) for row in rows]
     text = "\n".join(("\t" if separator == "tab" else separator).join(line) for line in lines).encode()
-    pack = {
-        ".csv": bytes,
-        ".gz": gzip.compress,
-        ".zip": lambda text: zipped({"folder/": "", "folder/log.csv": text}),
-    }
+    text = gzip.compress(text) if form == ".gz" else text
     log, out = tmp_path / f"log{form}", tmp_path / "out.txt"
-    log.write_bytes(pack[form](text))
-    main("convert", log, options, "--out", out)
-    expected = convert_slowly(rows, event, min_rating, dedupe, k, timed)
-    assert (pairs(out), names(out, "users"), names(out, "items")) == expected
-    said = capsys.readouterr()
-    assert f"{len(expected[0]):,} interactions" in said.out and not said.err and len(expected[0]) > 100
+    log.write_bytes(zipped({"folder/": "", "folder/log.csv": text}) if form == ".zip" else text)
+    user, item, rating, when, kind = columns.split()
+    options = f"--user {user} --item {item} --rating {rating} --event-column {kind} --out {out}"
+    options += f" --separator {separator}" * (separator in ("^", "tab", "<>"))  # others are found
+    for more, choice in [
+        ("", {}),
+        ("--event view --min-rating 2.5 --k-core 4", dict(event="view", min_rating=2.5, k=4)),
+        ("--dedupe --k-core 7", dict(dedupe=True, k=7)),
+        (f"--dedupe --time {when}", dict(dedupe=True, timed=True)),
+        (f"--dedupe --time {when} --k-core 7 --event view", dict(dedupe=True, timed=True, k=7, event="view")),
+    ]:
+        main("convert", log, options, more)
+        expected = convert_slowly(rows, **choice)
+        assert (pairs(out), names(out, "users"), names(out, "items")) == expected
+        said = capsys.readouterr()
+        assert f"{len(expected[0]):,} interactions" in said.out and not said.err and len(expected[0]) > 99
 
 
 def test_k_core_goes_on_until_nothing_changes():
@@ -310,71 +288,53 @@ def test_k_core_goes_on_until_nothing_changes():
         assert prepare.k_core(users, items, k).tolist() == kept
 
 
-SMALL = [  # a log, options, the table, the users' and the items' original ids, what is said on stderr
+SMALL = [  # a log, options, the rows of the table with their original ids, what is said on stderr
     # b comes first in the file, but its row with x goes, and with it a's row comes before b's.
-    (b"b,x\na,y\nb,y\na,z\nb,z\n", "--k-core 2", "1 1 1 2 2 1 2 2", b"a b", b"y z", ""),
-    (b"a,x,3.9\nb,x,4\nc,x,4.0\nd,x,nan\n", "--rating 3 --min-rating 4", "1 1 2 1", b"b c", b"x", ""),
-    (b'"Do,e",x\n a ,"say""hi"""\na,y\n', "", "1 1 2 2 2 3", b"Do,e a", b'x say"hi" y', ""),
-    (b'a,x,"1\n2"\nb,x,3\n', "", "1 1 2 1", b"a b", b"x", ""),  # a field of two lines
-    (b"a,x\r\n\r\nb,x\r\n", "", "1 1 2 1", b"a b", b"x", ""),
-    (b"\xef\xbb\xbfa,caf\xe9\n", "", "1 1", b"a", b"caf\xe9", ""),  # a byte order mark, Latin-1
-    (b'"a::x\nb"c::x\n', "", "1 1 2 1", b'"a b"c', b"x", ""),
-    (b"a::1:2::x\n", "", "1 1", b"a", b"1:2", ""),
-    (b"a;1,5;2,5\n", "", "1 1", b"a", b"1,5", ""),
-    (b'"a;b;c;d","x",3\n', "", "1 1", b"a;b;c;d", b"x", ""),
-    (b"a,x,2020-01-01 10:00:00 UTC\n", "", "1 1", b"a", b"x", ""),
+    (b"b,x\na,y\nb,y\na,z\nb,z\n", "--k-core 2", b"a/y a/z b/y b/z", ""),
+    (b"a,x,3.9\nb,x,4\nc,x,4.0\nd,x,nan\n", "--rating 3 --min-rating 4", b"b/x c/x", ""),
+    (b'"Do,e",x\n a ,"say""hi"""\na,y\n', "", b'Do,e/x a/say"hi" a/y', ""),
+    (b'a,x,"1\n2"\nb,x,3\n', "", b"a/x b/x", ""),  # a field of two lines
+    (b"a,x\r\n\r\nb,x\r\n", "", b"a/x b/x", ""),
+    (b"\xef\xbb\xbfa,caf\xe9\n", "", b"a/caf\xe9", ""),  # a byte order mark, Latin-1
+    (b'"a::x\nb"c::x\n', "", b'"a/x b"c/x', ""),
+    (b"a::1:2::x\n", "", b"a/1:2", ""),
+    (b"a;1,5;2,5\n", "", b"a/1,5", ""),
+    (b'"a;b;c;d","x",3\n', "", b"a;b;c;d/x", ""),
+    (b"a,x,2020-01-01 10:00:00 UTC\n", "", b"a/x", ""),
     # Times: nanoseconds, numbers of all kinds, dates; one that names no zone is in UTC.
-    (b"a,x,1600000000000000002\na,y,1600000000000000001\n", "--time 3", "1 2 1 1", b"a", b"x y", ""),
-    (b"a,x,20\na,y,3.5\na,z,3\na,w,-1e1\n", "--time 3", "1 4 1 3 1 2 1 1", b"a", b"x y z w", ""),
-    (b"a,x,7\na,y,7.0\na,z,7\n", "--time 3", "1 1 1 2 1 3", b"a", b"x y z", ""),
-    (
-        b"a,x,2014-04-07T10:51:09.277Z\na,y,2014-04-07T10:51:09.276Z\n",
-        "--time 3",
-        "1 2 1 1",
-        b"a",
-        b"x y",
-        "",
-    ),
-    (b"a,x,2020-01-01 00:00:01\na,y,2020-01-01T01:00:00+01:00\n", "--time 3", "1 2 1 1", b"a", b"x y", ""),
-    (b"a,x,2017-04-20 00:05:15 UTC\na,y,2017-04-20\n", "--time 3", "1 2 1 1", b"a", b"x y", ""),
-    (b"user,item,time\na,x,1\nb,y,2\n", "--time 3", "1 1 2 2", b"a b", b"x y", "log.csv: line 1 is taken"),
-    (b"\nuser;item\n1;5\n2;5\n", "", "1 1 2 1", b"1 2", b"5", "log.csv: line 2 is taken for a header"),
-    (b"ann,mug\n5,pen\n", "", "1 1 2 2", b"ann 5", b"mug pen", ""),
-    (b"ann,mug,1\nbob2,pen2,2\n", "--time 3", "1 1 2 2", b"ann bob2", b"mug pen2", ""),
-    (b"a,1\nb,2\nb,1.0\n", "", "1 1 2 2 2 3", b"a b", b"1 2 1.0", "some items are the same number"),
-    (b"07,1\n7,2\n70,1\n", "", "1 1 2 2 3 1", b"07 7 70", b"1 2", "some users are the same number"),
-    (b"1,a1\n10,a1.0\n100,a01\n", "", "1 1 2 2 3 3", b"1 10 100", b"a1 a1.0 a01", ""),
-    (
-        b"a,1\nb,1.0\na,2\nb,2\na,3\nb,3\n",
-        "--k-core 2",
-        "1 1 1 2 2 1 2 2",
-        b"a b",
-        b"2 3",
-        "",
-    ),  # 1 and 1.0 go
-    (
-        b"a,x,1\nb,y\n,y,1\na,y,noon\na,z,0\n",
-        "--time 3 --skip-bad",
-        "1 2 1 1",
-        b"a",
-        b"x z",
-        "log.csv: 3 bad",
-    ),
-    (b"a,x,-\na,y,-\na,z,1\nb,x,1\n", "--time 3 --skip-bad --dedupe", "1 1 2 2", b"a b", b"z x", "2 bad"),
-    (b'a,x\n"b"b,y\nc,y\n', "--skip-bad", "1 1 2 2", b"a c", b"x y", "1 bad"),
-    (b'a,x\nb,"y\nc,y\n', "--skip-bad", "1 1", b"a", b"x", "2 bad"),  # the open quote takes the last line too
-    (b"a,x\n", "--skip-bad", "1 1", b"a", b"x", ""),
+    (b"a,x,1600000000000000002\na,y,1600000000000000001\n", "--time 3", b"a/y a/x", ""),
+    (b"a,x,20\na,y,3.5\na,z,3\na,w,-1e1\n", "--time 3", b"a/w a/z a/y a/x", ""),
+    (b"a,x,7\na,y,7.0\na,z,7\n", "--time 3", b"a/x a/y a/z", ""),
+    (b"a,x,2014-04-07T10:51:09.277Z\na,y,2014-04-07T10:51:09.276Z\n", "--time 3", b"a/y a/x", ""),
+    (b"a,x,2020-01-01 00:00:01\na,y,2020-01-01T01:00:00+01:00\n", "--time 3", b"a/y a/x", ""),
+    (b"a,x,2017-04-20 00:05:15 UTC\na,y,2017-04-20\n", "--time 3", b"a/y a/x", ""),
+    (b"user,item,time\na,x,1\nb,y,2\n", "--time 3", b"a/x b/y", "log.csv: line 1 is taken for a header"),
+    (b"\nuser;item\n1;5\n2;5\n", "", b"1/5 2/5", "log.csv: line 2 is taken for a header"),
+    (b"ann,mug\n5,pen\n", "", b"ann/mug 5/pen", ""),
+    (b"ann,mug,1\nbob2,pen2,2\n", "--time 3", b"ann/mug bob2/pen2", ""),
+    (b"a,1\nb,2\nb,1.0\n", "", b"a/1 b/2 b/1.0", "some items are the same number"),
+    (b"07,1\n7,2\n70,1\n", "", b"07/1 7/2 70/1", "some users are the same number"),
+    (b"1,a1\n10,a1.0\n100,a01\n", "", b"1/a1 10/a1.0 100/a01", ""),
+    (b"a,1\nb,1.0\na,2\nb,2\na,3\nb,3\n", "--k-core 2", b"a/2 a/3 b/2 b/3", ""),  # 1 and 1.0 go
+    (b"a,x,1\nb,y\n,y,1\na,y,noon\na,z,0\n", "--time 3 --skip-bad", b"a/z a/x", "log.csv: 3 bad"),
+    # Bad lines have numbered items beyond the number of rows.
+    (b"a,x,-\na,y,-\na,z,1\nb,x,1\n", "--time 3 --skip-bad --dedupe", b"a/z b/x", "2 bad"),
+    (b'a,x\n"b"b,y\nc,y\n', "--skip-bad", b"a/x c/y", "1 bad"),
+    (b'a,x\nb,"y\nc,y\n', "--skip-bad", b"a/x", "2 bad"),  # the open quote takes the last line too
 ]
 
 
-@pytest.mark.parametrize("content, options, table, users, items, note", SMALL)
-def test_small_logs(content, options, table, users, items, note, tmp_path, capsys):
+@pytest.mark.parametrize("content, options, expected, note", SMALL)
+def test_small_logs(content, options, expected, note, tmp_path, capsys):
     log, out = tmp_path / "log.csv", tmp_path / "out.npy"
     log.write_bytes(content)
     main("convert", log, "--user 1 --item 2", options, "--out", out)
-    assert " ".join(f"{user} {item}" for user, item in pairs(out)) == table
-    for side, ids in ("users", users), ("items", items):
-        assert names(out, side) == b"".join(b"%d\t%s\n" % pair for pair in enumerate(ids.split(), 1))
+    users, items = (
+        dict(line.split(b"\t") for line in names(out, side).splitlines()) for side in ("users", "items")
+    )
+    assert (
+        b" ".join(users[b"%d" % user] + b"/" + items[b"%d" % item] for user, item in pairs(out)) == expected
+    )
     said = capsys.readouterr().err
     assert note in said and said.count("\n") == bool(note)
 
@@ -391,9 +351,8 @@ def test_the_readme_example(tmp_path, monkeypatch):
 
 def test_two_hundred_thousand_rows_in_a_fifth_of_15_seconds(tmp_path):
     log, started = tmp_path / "log.csv", time.process_time()
-    log.write_text(
-        "".join(f"u{n * 7919 % 50_000},i{n * 104729 % 20_011},{n % 999}.5\n" for n in range(200_000))
-    )
+    rows = [f"u{n * 7919 % 50_000},i{n * 104729 % 20_011},{n % 999}.5\n" for n in range(200_000)]
+    log.write_text("".join(rows))
     main("convert", log, "--user 1 --item 2 --time 3 --k-core 2 --dedupe --out", tmp_path / "out.npy")
     assert time.process_time() - started < 3 and len(pairs(tmp_path / "out.npy")) == 200_000
 
@@ -457,25 +416,6 @@ def test_convert_refuses_what_it_cannot_read(name, tmp_path):
 
 
 # ---- Writing ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
-def test_an_interrupted_write_leaves_the_old_file_whole(stop, step, tmp_path, monkeypatch):
-    out, write_bytes = tmp_path / "log.npy", Path.write_bytes
-
-    def half(path, what):
-        if step == "write_bytes":
-            write_bytes(path, what[: len(what) // 2])
-        assert path != out
-        raise stop
-
-    out.write_text("old")
-    monkeypatch.setattr(Path, step, half)
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
-        main("synthetic --scene taste --users 9 --out", out)
-    assert ended.value is stop or ended.value.code == f"{out} is not made: {stop}"
-    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("place", ["log.csv/below", ""])

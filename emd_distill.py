@@ -255,10 +255,9 @@ def train(args):
                 sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
-        seconds = time.time() - tick
         mean = dict(zip(("L_CE", "L_emb", "L_hid", "L_pred"), total / positions, strict=False))
         hr, ndcg = validate(judge, user_ids, starts, items, judged, max_length, args.device)
-        log += [{"epoch": epoch} | mean | {"HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
+        log += [{"epoch": epoch} | mean | {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick}]
         log[-1]["flow"] = np.divide(flows, positions).tolist()
         if best is None or ndcg > best["NDCG@10"]:
             best = log[-1]

@@ -26,7 +26,7 @@ def write_data(tmp_path):
 def write_model(tmp_path):
     """A function that exports a module as a model file, here with torch alone, and returns its path."""
 
-    def write(module, item_count, max_length, name="model.pt2", **config):
+    def write(module, item_count, max_length, /, name="model.pt2", **config):
         batch = torch.export.Dim("batch", min=1)
         length = torch.export.Dim("length", min=1, max=max_length)
         example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
@@ -36,9 +36,8 @@ def write_model(tmp_path):
         buffer = io.BytesIO()
         config = {"items": item_count, "max_length": max_length} | config
         torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-        path = tmp_path / name
-        path.write_bytes(buffer.getvalue())
-        return path
+        (tmp_path / name).write_bytes(buffer.getvalue())
+        return tmp_path / name
 
     return write
 

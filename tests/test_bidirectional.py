@@ -22,6 +22,9 @@ WINDOW = 6  # max_length of the models here; some histories are longer
 HISTORIES = {60 - 2 * u: [(7 * u + t) % 25 + 1 for t in range(4 + u % 8)] for u in range(22)}
 HISTORIES |= {5: [1, 2, 1, 3, 4, 5], 7: [5, 6, 7, 5, 8], 3: [25, 4], 9: [6, 7, 8], 1: [9]}
 TRAINING = {user: items[:-2] if len(items) > 2 else items for user, items in HISTORIES.items()}
+STARTS = dict(zip(HISTORIES, np.cumsum([0, *map(len, HISTORIES.values())]), strict=False))
+# of each history that is trained on: the user, where in the file it begins, and the items
+WINDOWS = [(u, STARTS[u] + max(0, len(t) - WINDOW), t[-WINDOW:]) for u, t in TRAINING.items() if len(t) > 1]
 FILES = {}  # of `given`: to export takes half a second
 
 
@@ -29,15 +32,6 @@ FILES = {}  # of `given`: to export takes half a second
 def small(write_data):
     """The data file of HISTORIES."""
     return write_data(HISTORIES)
-
-
-def windows():
-    """Of each history that is trained on: the user, where in the file it begins, and the items."""
-    ends = np.cumsum([len(items) for items in HISTORIES.values()])
-    for (user, training), end in zip(TRAINING.items(), ends, strict=True):
-        if len(training) > 1:
-            start = end - len(HISTORIES[user])
-            yield user, start + max(0, len(training) - WINDOW), training[-WINDOW:]
 
 
 def module(base, dim, users=60):
@@ -163,7 +157,7 @@ def test_draws_are_as_frequent_as_the_formulas_say(base, small):
     ((drawn, share),) = renewal(small, models, epochs)
     assert drawn.dtype == np.int32 and drawn.shape == (2, epochs, k * sum(map(len, HISTORIES.values())))
     surprise, freedom, better = np.zeros(2), np.zeros(2), []
-    for user, b, window in windows():
+    for user, b, window in WINDOWS:
         free, rank = [i for i in range(1, 26) if i not in TRAINING[user]], np.zeros((2, 26), int)
         for model, row in zip(models, rank, strict=True):
             _, output, item_vectors = model(torch.tensor([user]), torch.tensor([window]))
@@ -188,7 +182,7 @@ def test_draws_are_as_frequent_as_the_formulas_say(base, small):
 
 def test_where_the_teacher_is_nowhere_ahead_nothing_is_drawn(small, given, tmp_path):
     ((drawn, share),) = renewal(small, [module("cdae", 6)] * 2, epochs=3)
-    places = sum(len(window) for _, _, window in windows())
+    places = sum(len(window) for _, _, window in WINDOWS)
     assert np.count_nonzero(drawn[0]) == 3 * 2 * places and not drawn[1].any() and share == 0
     run(small, *given("cdae", 3, 3), "--epochs", 1, "--learning-rate", 1e-9, "--out", tmp_path / "bd")
     assert log_of(tmp_path / "bd")[0]["L_BD(S;T)"] == 0 < log_of(tmp_path / "bd")[0]["L_BD(T;S)"]
@@ -230,9 +224,9 @@ def test_the_teacher_learns_the_group_that_the_student_knows_better(sign, most, 
 
 
 def represent(base, model, w, user, history, kept=1.0):
-    """What scores each item of `history` [T] and those after it, and the item vectors; by the weights `w`.
+    """What scores each item of `history` [T] and those after it, and the item vectors; by weights `w` alone.
 
-    `kept` [T] is what each item counts in y_u of CDAE. The module `model` is asked of sequence models alone.
+    `kept` [T] is what each item counts in y_u of CDAE.
     """
     if base == "sequence":
         _, output, item_vectors = functional_call(model, w, (None, history[None]))
@@ -283,14 +277,9 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
 
     models = [module(base, dim).double() for dim in (6, 3)]
     weights = [{n: w.double().requires_grad_() for n, w in weights_of(f).items()} for f in options[3::2]]
-    rows, log, negatives, asked = (
-        list(windows()),
-        log_of(tmp_path / "bd"),
-        iter(made["draw_negatives"]),
-        set(),
-    )
+    log, negatives, asked, rows = log_of(tmp_path / "bd"), iter(made["draw_negatives"]), set(), WINDOWS
     if base == "bpr":
-        rows = [(user, b + t, [item]) for user, b, window in rows for t, item in enumerate(window)]
+        rows = [(user, b + t, [item]) for user, b, window in WINDOWS for t, item in enumerate(window)]
     observed = sum(len(window) - (base == "sequence") for _, _, window in rows)
     assert len(made["renew"]) == 2 and len(log) == len(made["batches_of_like_length"]) == 5
     torch.manual_seed(0)
@@ -311,11 +300,9 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
                     asked |= {(user, item) for item in both[side][row].flatten().tolist()}
                     i, j = (x[base == "sequence" : len(window)] for x in (window, both[side][row]))
                     z_i, z_j = (states * vectors_A[i]).sum(-1), (states[:, None] * vectors_A[j]).sum(-1)
-                    terms = (
-                        [z_i.sigmoid(), 1 - z_j.sigmoid()]
-                        if base != "bpr"
-                        else [(z_i[:, None] - z_j).sigmoid()]
-                    )
+                    terms = z_i.sigmoid(), 1 - z_j.sigmoid()
+                    if base == "bpr":
+                        terms = [(z_i[:, None] - z_j).sigmoid()]
                     l_cf[side] = l_cf[side] - sum(term.log().sum() for term in terms)
                     if epoch >= 2:
                         drawn, (_, r_B, vectors_B) = made["renew"][epoch // 2 - 1][0], found[1 - side]
@@ -334,8 +321,7 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
         learnt = weights_of(tmp_path / f"bd-{kind}.pt2")
         torch.testing.assert_close(learnt, w, check_dtype=False, atol=1e-4, rtol=1e-4)
     assert not any(item in TRAINING[user] for user, item in asked)
-    # unlike the published code, validation and test items are negatives, too: they would stand out as the only
-    # ones that are never pushed down
+    # unlike the published code's: else validation and test items alone are never pushed down
     assert sum(item in HISTORIES[user][-2:] for user, item in asked) > 20
 
 
@@ -380,15 +366,12 @@ def test_runs_of_each_base_and_one_that_goes_on(small, tmp_path, base, tau, caps
         assert one.read_bytes() == same.read_bytes() and not equal(before, weights_of(other))
 
 
-def test_a_gru_learns_as_the_student_of_a_sasrec(
-    write_data, write_model, write_gru, sasrec, tmp_path, capsys
-):
-    data = write_data({u: [(7 * u + t) % 30 + 1 for t in range(4 + u % 8)] for u in range(1, 61)})
-    files, out = (write_model(sasrec, 30, 12), write_gru(items=30, max_length=8)), tmp_path / "bd"
-    argv = [data, "--teacher", files[0], "--student", files[1], "--epochs", 4, "--learning-rate", 0.02]
-    run(*argv, "--out", out)
-    log, configs = log_of(out), configs_of(data, out, capsys)
-    assert [config["max_length"] for config in configs] == [8, 8] and len(log) == 4
+def test_a_gru_learns_as_the_student_of_a_sasrec(small, given, write_gru, tmp_path, capsys):
+    files, out = (given("sequence")[3], write_gru(items=25, max_length=8)), tmp_path / "bd"
+    common = [small, "--out", out, "--epochs", 4, "--learning-rate", 0.02]
+    run(*common, "--teacher", files[0], "--student", files[1])
+    log, configs = log_of(out), configs_of(small, out, capsys)
+    assert [config["max_length"] for config in configs] == [7, 7] and len(log) == 4
     for kind, path in zip(bd.KINDS, files, strict=True):
         before, after = weights_of(path), weights_of(f"{out}-{kind}.pt2")
         assert before.keys() == after.keys()
@@ -426,16 +409,16 @@ def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, mon
 def test_switches_change_the_result(small, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bd, "TOP", 5)  # of 25 items
     common, results = [small, *given("bpr"), "--epochs", 3, "--period", 2, "--learning-rate", 0.05], []
-    variants = [
-        "",
-        "--sign published",
-        "--sampling uniform",
-        "--sampling top",
-        "--temperature 9",
-        "--period 1",
-    ]
+    variants = ["", "--sign published", "--sampling uniform", "--sampling top", "--temperature 9"]
     variants += ["--epsilon-exp 1", "--epsilon-tanh 1", "--lambda-teacher 1", "--lambda-student 1"]
-    for changed in [*variants, "--samples 2", "--batch-size 50", "--weight-decay 1", "--warm-up 1"]:
+    for changed in [
+        *variants,
+        "--period 1",
+        "--samples 2",
+        "--batch-size 50",
+        "--weight-decay 1",
+        "--warm-up 1",
+    ]:
         run(*common, *changed.split(), "--out", tmp_path / "bd")
         results.append([log_of(tmp_path / "bd")[-1][part] for part in ("L_CF(T)", "L_CF(S)", "L_BD(T;S)")])
     assert all(one != other for one, other in itertools.combinations(results, 2))

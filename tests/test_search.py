@@ -78,8 +78,8 @@ def mixed(edges, target, y, x):
 
 def forward(model, items, y, dropout=0.0):
     """A supernet's hidden states [K+1, B, T, d] and output at y [E, |O|], by the equations of the paper."""
-    (T, d), size = (items.shape[1], model.P.shape[1]), model.P.shape[1:]
-    hidden = [F.dropout(math.sqrt(d) * model.M.weight[items] + model.P[:T], dropout)]
+    size = model.P.shape[1:]
+    hidden = [F.dropout(math.sqrt(size[0]) * model.M.weight[items] + model.P[: items.shape[1]], dropout)]
     for cell in model.cells:
         x, rows = [hidden[-1].transpose(1, 2)], iter(y)  # rows are of the edges 0-1, 0-2, 1-2, 0-3, ...
         for j in range(1, len(cell.w) + 1):
@@ -132,16 +132,15 @@ def test_operation_sees_what_its_name_says_and_never_the_future(name):
 
 def test_cell_is_the_papers_equation(supernet):
     y, items = torch.rand(6, 8), torch.randint(1, 21, (4, 12))
-    for ours, theirs in zip(supernet(None, items, y), forward(supernet, items, y), strict=False):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(supernet(None, items, y)[:2], forward(supernet, items, y))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_derived_student_is_the_supernet_at_that_architecture(supernet, seed):
     edges, items = architecture(3, seed), torch.randint(1, 21, (4, 12))
     student = search.derive(supernet, edges, 0.3).eval()
-    for ours, theirs in zip(student(None, items), supernet(None, items, one_hot(edges)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    expected = supernet(None, items, one_hot(edges))
+    torch.testing.assert_close(student(None, items), expected, atol=1e-10, rtol=1e-10)
     before = [weight.detach().clone() for weight in supernet.parameters()]
     with torch.no_grad():
         for weight in student.parameters():  # its weights are its own
@@ -160,8 +159,7 @@ def test_merged_edge_is_the_explicit_sum(float64, seed):
     torch.testing.assert_close(merged, explicit, atol=1e-10, rtol=1e-10)
     into, leaves = torch.randn(3, 2, 6, 20), (y, edges.kernels, edges.biases, x)
     ours, theirs = (torch.autograd.grad(total, leaves, into) for total in (merged, explicit))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 def keep_embedded(model):
@@ -226,11 +224,6 @@ def test_straight_through_gradient_is_that_of_the_softmax(float64):
 
 def test_temperature_falls_by_a_fifth_every_five_epochs():
     assert [search.temperature(e) for e in (1, 5, 6, 10, 11)] == pytest.approx([1, 1, 0.8, 0.8, 0.64])
-
-
-def test_best_edges_are_the_largest_alpha():
-    edges = [["dilated_conv5"], ["conv5", "avg_pool"], ["none", "max_pool", "skip"]]
-    assert search.best_edges(one_hot(edges) / 10) == edges
 
 
 def share(edges, dim, nodes):
@@ -363,8 +356,8 @@ def test_whole_search_is_the_papers_equations(float64, write_data, write_gru, tm
     # the model file has the supernet's weights of the last epoch
     items = torch.randint(1, 26, (3, 6))
     found = torch.export.load(out.with_suffix(".pt2")).module()(torch.ones(3), items)
-    for ours, theirs in zip(found, [*forward(model, items, one_hot(edges)), model.M.weight], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-7)
+    expected = *forward(model, items, one_hot(edges)), model.M.weight
+    torch.testing.assert_close(tuple(found), expected, atol=1e-7, rtol=1e-7)
 
 
 # ---- The search finds what is there ------------------------------------------------------------------------

@@ -470,7 +470,7 @@ def search(args):
         log[-1] |= {"expected_cost": cost_loss(p, costs).item(), "sure": p.max(-1).values.mean().item()}
         log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": np.divide(flows, positions).tolist()}
         report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
-    save_student(args, student, edges, max_length, log[-1])
+    save_student(args, student, edges, max_length, {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg})
 
 
 def edges_text(edges):

@@ -260,14 +260,15 @@ def train(args):
         log += [{"epoch": epoch} | mean | {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick}]
         log[-1]["flow"] = np.divide(flows, positions).tolist()
         if best is None or ndcg > best["NDCG@10"]:
-            best = log[-1]
+            best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
             save_model(args, args.out, program, student, best, **contract)
         left = min(args.epochs, best["epoch"] + args.patience) - epoch
-        report(args.out, log, left, began, "*" if best is log[-1] else "")
+        report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
     if teacher and best:
-        print("flow, student layers down, teacher layers across:", np.array(best["flow"]).round(3), sep="\n")
+        flow = np.round(log[best["epoch"] - 1]["flow"], 3)
+        print("flow, student layers down, teacher layers across:", flow, sep="\n")
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------

@@ -201,10 +201,10 @@ def train(args):
         hr, ndcg = validate(model.eval(), user_ids, starts, items, judged, args.max_length, args.device)
         log += [{"epoch": epoch, "loss": total / positions, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
         if best is None or ndcg > best["NDCG@10"]:
-            best = log[-1]
+            best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
             save_model(args, args.out, program, model, best, **contract)
         left = min(args.epochs, best["epoch"] + args.patience) - epoch
-        report(args.out, log, left, began, "*" if best is log[-1] else "")
+        report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
 

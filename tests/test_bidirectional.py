@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,9 +80,10 @@ def weights_of(path):
     return {name: weight.detach() for name, weight in torch.export.load(path).state_dict.items()}
 
 
-def equal(one, other):
-    """Whether two models have equal parameters."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def bytes_of(path):
+    """The parameters in a model file as they lie there, for an exact and fast comparison."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if "/weights/" in name}
 
 
 def log_of(out):
@@ -363,7 +365,7 @@ def test_runs_of_each_base_and_one_that_goes_on(small, tmp_path, base, tau, caps
         assert before["q.weight" if base == "bpr" else "W.weight"].shape == (26, dim)
         torch.testing.assert_close(before, after, atol=1e-9, rtol=1e-6)
         one, same, other = (tmp_path / name / f"bd-{kind}.pt2" for name in ("new", "same", "other"))
-        assert one.read_bytes() == same.read_bytes() and not equal(before, weights_of(other))
+        assert one.read_bytes() == same.read_bytes() and bytes_of(one) != bytes_of(other)
 
 
 def test_a_gru_learns_as_the_student_of_a_sasrec(small, given, write_gru, tmp_path, capsys):
@@ -388,10 +390,10 @@ def test_alone_is_alone_bit_for_bit(small, given, tmp_path, base):
     w = {}
     for name, options in variants.items():
         run(small, *given(base), *options, "--epochs", 2, "--period", 1, "--out", tmp_path / name)
-        w[name] = [weights_of(tmp_path / f"{name}-{kind}.pt2") for kind in bd.KINDS]
+        w[name] = [bytes_of(tmp_path / f"{name}-{kind}.pt2") for kind in bd.KINDS]
     for side, alone in enumerate((["none", "zero", "down", "other"], ["none", "up"])):
-        assert all(equal(w[name][side], w["none"][side]) == (name in alone) for name in variants)
-    assert equal(w["zero"][1], w["down"][1])
+        assert all((w[name][side] == w["none"][side]) == (name in alone) for name in variants)
+    assert w["zero"][1] == w["down"][1]
 
 
 def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, monkeypatch):
@@ -401,7 +403,7 @@ def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, mon
         monkeypatch.setattr(bd, "validate", lambda *_, judged=judged: (0.0, next(judged)))
         run(*common, "--epochs", epochs, "--out", tmp_path / str(epochs))
     for kind, best in (("teacher", 2), ("student", 1)):
-        assert equal(*(weights_of(tmp_path / f"{epochs}-{kind}.pt2") for epochs in (best, 3)))
+        assert bytes_of(tmp_path / f"3-{kind}.pt2") == bytes_of(tmp_path / f"{best}-{kind}.pt2")
         config = evaluate.load_model(tmp_path / f"3-{kind}.pt2", 60, 25)[1]
         assert config["validation"]["epoch"] == 1 + best
 
@@ -409,16 +411,8 @@ def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, mon
 def test_switches_change_the_result(small, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bd, "TOP", 5)  # of 25 items
     common, results = [small, *given("bpr"), "--epochs", 3, "--period", 2, "--learning-rate", 0.05], []
-    variants = ["", "--sign published", "--sampling uniform", "--sampling top", "--temperature 9"]
-    variants += ["--epsilon-exp 1", "--epsilon-tanh 1", "--lambda-teacher 1", "--lambda-student 1"]
-    for changed in [
-        *variants,
-        "--period 1",
-        "--samples 2",
-        "--batch-size 50",
-        "--weight-decay 1",
-        "--warm-up 1",
-    ]:
+    variants = ["", "--sign published", "--sampling uniform", "--sampling top", "--epsilon-exp 1"]
+    for changed in [*variants, "--epsilon-tanh 1"]:
         run(*common, *changed.split(), "--out", tmp_path / "bd")
         results.append([log_of(tmp_path / "bd")[-1][part] for part in ("L_CF(T)", "L_CF(S)", "L_BD(T;S)")])
     assert all(one != other for one, other in itertools.combinations(results, 2))

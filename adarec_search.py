@@ -671,7 +671,10 @@ def export(model, max_length):
 
 
 def load_model(path, user_count, item_count, data=None):
-    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if given."""
+    """Program and config, with `layers` L and `dim` d of its hidden states, of a model file.
+
+    Ends unless it takes ids up to these counts, and was trained on `data`, if that is given.
+    """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
@@ -685,7 +688,7 @@ def load_model(path, user_count, item_count, data=None):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config
+    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
 def load_teacher(path, user_count, item_count, data, max_length, device):
@@ -693,11 +696,10 @@ def load_teacher(path, user_count, item_count, data, max_length, device):
     program, config = load_model(path, user_count, item_count, data)
     if config["max_length"] < (max_length or 0):
         sys.exit(f"{path} reads {config['max_length']} items, not {max_length}; lower --max-length")
-    teacher = program.module().requires_grad_(False).to(device)
-    states, _, _, d_T = teacher(*torch.ones(2, 1, 1, dtype=torch.int64, device=device))[0].shape
-    if states < 2:
+    if config["layers"] < 1:
         sys.exit(f"{path} has no layer behind its embedding to learn from; use another teacher")
-    return teacher, max_length or config["max_length"], states - 1, d_T
+    teacher = program.module().requires_grad_(False).to(device)
+    return teacher, max_length or config["max_length"], config["layers"], config["dim"]
 
 
 def save_model(args, out, program, module, validation, **config):

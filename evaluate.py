@@ -289,7 +289,10 @@ def sha256_of(path):
 
 
 def load_model(path, user_count, item_count, data=None):
-    """Program and config of a model file; ends unless it takes these ids, and is of `data`, if given."""
+    """Program and config, with `layers` L and `dim` d of its hidden states, of a model file.
+
+    Ends unless it takes ids up to these counts, and was trained on `data`, if that is given.
+    """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
@@ -303,7 +306,7 @@ def load_model(path, user_count, item_count, data=None):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config
+    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
 # ---- The command line ------------------------------------------------------------------------------------

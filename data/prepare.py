@@ -370,7 +370,7 @@ def main(argv=None):
     scene("--noise", type=float, default=0.2, help="share of Zipf popularity, above 0 (%(default)s)")
     scene("--seed", type=int, default=0, help="the same seed gives the same file (%(default)s)")
     log("log", help="one interaction a line; a .gz, or a .zip of one file, is unpacked")
-    log("--separator", metavar="SEP", help="one character, :: or the word tab (told from the first line)")
+    log("--separator", metavar="SEP", help="such as , or :: or the word tab (told from the first line)")
     log("--user", required=True, metavar="COLUMN", help="the user")
     log("--item", required=True, metavar="COLUMN", help="the item")
     log("--time", metavar="COLUMN", help="numbers or ISO dates (without it, the order of the file decides)")

@@ -1,4 +1,4 @@
-"""emd_distill.py: the transport is optimal, its gradient is the flow, and each switch does what it says."""
+"""emd_distill.py: the transport is optimal, its gradient is the flow, training is its formulas, replayed."""
 
 import itertools
 import json
@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from scipy.optimize import linear_sum_assignment, linprog
 
 import adarec_search as search
 import emd_distill as distill
 import evaluate
+import sasrec_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch, of exporting a GRU
+ITEMS, LENGTH = 30, 6
 EDGES = [["conv3"], ["max_pool", "skip"]]
 
 
@@ -28,24 +31,54 @@ def small(write_data):
 
 
 @pytest.fixture
-def architecture(tmp_path):
-    """An architecture file of three small cells."""
-    path = tmp_path / "architecture.json"
-    path.write_text(json.dumps({"cells": 3, "nodes": 2, "dim": 8, "edges": EDGES}))
-    return path
+def models(small, tmp_path):
+    """A student as the search leaves it, of cells that have dropout, and an untrained teacher of stage 1."""
+    found, teacher = tmp_path / "found.json", tmp_path / "teacher.pt2"
+    found.write_text(json.dumps({"cells": 3, "nodes": 2, "dim": 8, "edges": EDGES}))
+    search.main([str(a) for a in (small, "--architecture", found, "--out", found, "--max-length", 8)])
+    shape = "--epochs", 0, "--dim", 6, "--max-length", 8
+    sasrec_teacher.main([str(a) for a in (small, "--out", teacher, *shape)])
+    return found.with_suffix(".pt2"), teacher
+
+
+@pytest.fixture
+def float64():
+    """Everything that is made without a dtype is float64, in the script as in the test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Tower(torch.nn.Module):
+    """A model that looks at users and items; its sizes, layers and dropout are all to be chosen."""
+
+    def __init__(self, layers, dim, out, share=0.25, on=False, users=50, items=ITEMS):
+        super().__init__()
+        self.share, self.on = share, on
+        self.P, self.M = torch.nn.Embedding(users + 1, dim), torch.nn.Embedding(items + 1, dim)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(dim, dim) for _ in range(layers))
+        self.last, self.vectors = torch.nn.Linear(dim, out), torch.nn.Parameter(torch.empty(items + 1, out))
+        for weight in self.parameters():
+            torch.nn.init.normal_(weight, std=0.6)
+
+    def forward(self, users, items):
+        hidden = [F.dropout(self.M(items) + self.P(users)[:, None], self.share, self.on)]
+        for layer in self.layers:
+            hidden.append(F.dropout(hidden[-1].cumsum(1) + layer(hidden[-1]).tanh(), self.share, self.on))
+        return torch.stack(hidden), self.last(hidden[-1]), self.vectors
 
 
 def run(*argv):
-    """`main` must end with status 0."""
-    assert distill.main([str(a) for a in argv]) == 0
+    """`main` must come to its end."""
+    assert distill.main([str(a) for a in argv]) is None
 
 
-def fails(argv, capsys):
-    """The one line that `main` says on standard error before it ends with status 2."""
-    assert distill.main([str(a) for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("emd_distill.py: ") and error.count("\n") == 1
-    return error
+def fails(*argv):
+    """What `main` exits with: one line, or the status of a wrong command line."""
+    with pytest.raises(SystemExit) as end:
+        distill.main([str(a) for a in argv])
+    assert end.value.code == 2 or "\n" not in end.value.code
+    return end.value.code
 
 
 def weights_of(path):
@@ -60,39 +93,29 @@ def log_of(path):
 
 def problem(rng, rows, columns):
     """Random weights of both sides, and distances."""
-    return (
-        rng.dirichlet(np.ones(rows)),
-        rng.dirichlet(np.ones(columns)),
-        rng.exponential(size=(rows, columns)),
-    )
+    w_S, w_T = rng.dirichlet(np.ones(rows)), rng.dirichlet(np.ones(columns))
+    return w_S, w_T, rng.exponential(size=(rows, columns))
 
 
 # ---- Transport ---------------------------------------------------------------------------------------------
 
 
-def cost_of_best_vertex(w_S, w_T, D):
-    """The least cost over all vertices of the transport polytope, by solving for every possible basis."""
-    rows, columns = D.shape
-    A = np.zeros((rows + columns, rows * columns))
-    for i, j in itertools.product(range(rows), range(columns)):
-        A[i, i * columns + j] = A[rows + j, i * columns + j] = 1
-    b, best = np.concatenate([w_S, w_T]), math.inf
-    for basis in itertools.combinations(range(rows * columns), rows + columns - 1):
-        part = A[:-1, basis]
-        if abs(np.linalg.det(part)) > 0.5:
-            flow = np.linalg.solve(part, b[:-1])
-            if flow.min() > -1e-12:
-                best = min(best, flow @ D.ravel()[list(basis)])
-    return best
+def sums_of_a_flow(rows, columns):
+    """The matrix that takes a flow, row after row, to the sums of its rows and of its columns."""
+    return np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.tile(np.eye(columns), rows)])
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 2), (2, 4), (3, 3), (3, 4), (4, 3)])
 def test_transport_is_the_best_vertex(shape):
-    rng = np.random.default_rng(0)
+    rng, A = np.random.default_rng(0), sums_of_a_flow(*shape)[:-1]
     for _ in range(5):
         w_S, w_T, D = problem(rng, *shape)
-        flow = distill.transport(w_S, w_T, D)
-        assert (flow * D).sum() == pytest.approx(cost_of_best_vertex(w_S, w_T, D), abs=1e-9)
+        costs = []  # of each vertex of the polytope, by solving for every possible basis
+        for basis in map(list, itertools.combinations(range(D.size), len(A))):
+            if abs(np.linalg.det(A[:, basis])) > 0.5:
+                flow = np.linalg.solve(A[:, basis], np.concatenate([w_S, w_T])[:-1])
+                costs.append(flow @ D.ravel()[basis] if flow.min() > -1e-12 else math.inf)
+        assert (distill.transport(w_S, w_T, D) * D).sum() == pytest.approx(min(costs), abs=1e-9)
 
 
 def test_500_flows_are_feasible_and_certified_by_the_dual():
@@ -100,421 +123,292 @@ def test_500_flows_are_feasible_and_certified_by_the_dual():
     for _ in range(500):
         w_S, w_T, D = problem(rng, *rng.integers(1, 9, size=2))
         D *= 10.0 ** rng.integers(-3, 4)
-        flow = distill.transport(w_S, w_T, D)
+        flow, A, b = distill.transport(w_S, w_T, D), sums_of_a_flow(*D.shape), np.concatenate([w_S, w_T])
         assert flow.min() >= -1e-9
-        np.testing.assert_allclose(flow.sum(1), w_S, atol=1e-9)
-        np.testing.assert_allclose(flow.sum(0), w_T, atol=1e-9)
+        np.testing.assert_allclose(A @ flow.ravel(), b, atol=1e-9)
         # the dual: max w_S u + w_T v with u_i + v_j <= D_ij, by linprog as a dense problem of its own
-        rows, columns = D.shape
-        pairs = list(itertools.product(range(rows), range(columns)))
-        A = np.zeros((len(pairs), rows + columns))
-        for k, (i, j) in enumerate(pairs):
-            A[k, i] = A[k, rows + j] = 1
-        objective, scale = -np.concatenate([w_S, w_T]), D.max()
-        dual = linprog(objective, A_ub=A, b_ub=D.ravel() / scale, bounds=(None, None), method="highs")
-        u, v = dual.x[:rows], dual.x[rows:]
-        slack = D / scale - u[:, None] - v
+        cost = D.ravel() / D.max()
+        dual = linprog(-b, A_ub=A.T, b_ub=cost, bounds=(None, None), method="highs")
+        slack = cost - dual.x @ A
         assert slack.min() > -1e-7
-        assert (flow * slack).sum() < 1e-7  # complementary slackness: nothing flows where the dual has slack
-        assert (flow * D).sum() / scale == pytest.approx(-dual.fun, abs=1e-7)
+        assert flow.ravel() @ slack < 1e-7  # complementary slackness: nothing flows where the dual has slack
+        assert flow.ravel() @ cost == pytest.approx(-dual.fun, abs=1e-7)
 
 
-def test_uniform_square_transport_is_an_assignment():
+def test_special_transports():
     rng = np.random.default_rng(1)
-    for size in (2, 4, 7):
+    for size in (2, 4, 7):  # with equal weights, an assignment
         D = rng.exponential(size=(size, size))
         flow = distill.transport(np.full(size, 1 / size), np.full(size, 1 / size), D)
-        rows, columns = linear_sum_assignment(D)
-        assert (flow * D).sum() == pytest.approx(D[rows, columns].sum() / size)
-        np.testing.assert_allclose(flow[rows, columns], 1 / size, atol=1e-9)
-
-
-def test_transport_on_a_line_is_the_wasserstein_distance():
-    rng = np.random.default_rng(2)
-    for _ in range(20):
-        w_S, w_T, _ = problem(rng, 5, 7)
-        x, y = rng.normal(size=5), rng.normal(size=7)
+        np.testing.assert_allclose(flow[linear_sum_assignment(D)], 1 / size, atol=1e-9)
+    for _ in range(20):  # on a line, the Wasserstein distance
+        (w_S, w_T, _), x, y = problem(rng, 5, 7), rng.normal(size=5), rng.normal(size=7)
         D = abs(x[:, None] - y)
         cost = (distill.transport(w_S, w_T, D) * D).sum()
         assert cost == pytest.approx(stats.wasserstein_distance(x, y, w_S, w_T))
+    w_S, w_T = np.array([0.0, 1.0, 0.0]), np.array([0.3, 0.0, 0.0, 0.7])  # a layer of weight 0 moves nothing
+    for D in (rng.exponential(size=(3, 4)), np.zeros((3, 4))):
+        np.testing.assert_allclose(distill.transport(w_S, w_T, D), w_S[:, None] * w_T, atol=1e-12)
 
 
-def test_one_student_layer_pays_the_weighted_mean():
-    _, w_T, D = problem(np.random.default_rng(3), 1, 6)
-    np.testing.assert_allclose(distill.transport(np.ones(1), w_T, D)[0], w_T, atol=1e-12)
-
-
-def test_a_layer_of_weight_zero_moves_nothing():
-    w_S, w_T = np.array([0.0, 0.6, 0.4]), np.array([0.3, 0.0, 0.0, 0.7])
-    D = np.random.default_rng(4).exponential(size=(3, 4))
-    flow = distill.transport(w_S, w_T, D)
-    assert abs(flow[0]).max() < 1e-12 and abs(flow[:, 1:3]).max() < 1e-12
-    np.testing.assert_allclose(flow.sum(1), w_S, atol=1e-9)
-
-
-def test_distances_of_zero_and_infinity():
-    flow = distill.transport(np.array([0.5, 0.5]), np.ones(1), np.zeros((2, 1)))
-    np.testing.assert_allclose(flow, [[0.5], [0.5]])
+def test_transports_that_cannot_be_are_told():
     for bad in (math.nan, math.inf):
-        with pytest.raises(distill.BadInput, match="not finite"):
+        with pytest.raises(SystemExit, match="not finite"):
             distill.transport(np.ones(1), np.ones(1), np.array([[bad]]))
-
-
-def test_a_solver_that_fails_is_told():
-    with pytest.raises(distill.BadInput, match="could not be solved"):
+    with pytest.raises(SystemExit, match="could not be solved"):
         distill.transport(np.array([-0.5, 1.5]), np.array([0.5, 0.5]), np.ones((2, 2)))
 
 
 def test_gradient_of_the_emd_is_the_flow():
-    rng = np.random.default_rng(5)
-    w_S, w_T, D = problem(rng, 3, 4)  # random distances: the optimum is unique
-    flow = distill.transport(w_S, w_T, D)
-    distance = torch.tensor(D, requires_grad=True)
+    w_S, w_T, D = problem(np.random.default_rng(5), 3, 4)  # random distances: the optimum is unique
+    flow, distance = distill.transport(w_S, w_T, D), torch.tensor(D, requires_grad=True)
     loss = distill.emd_loss(distance, flow)
     assert loss.item() == pytest.approx((flow * D).sum())
     loss.backward()
     np.testing.assert_allclose(distance.grad, flow)
-    for i, j in itertools.product(range(3), range(4)):
-        step = np.zeros_like(D)
-        step[i, j] = 1e-5
+    for k in range(12):
+        step = 1e-5 * np.eye(12)[k].reshape(3, 4)
         up, down = ((distill.transport(w_S, w_T, D + s) * (D + s)).sum() for s in (step, -step))
-        assert (up - down) / 2e-5 == pytest.approx(flow[i, j], abs=1e-6)
+        assert (up - down) / 2e-5 == pytest.approx(flow.flat[k], abs=1e-6)
 
 
-# ---- Distances and layer weights ---------------------------------------------------------------------------
+# ---- Distances, layer weights, losses ----------------------------------------------------------------------
 
 
-def test_mse_distances_are_their_formula():
+def test_distances_are_their_formulas():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(3, 9, 5, dtype=torch.float64)
-    distances = distill.mse_distances(student, teacher)
+    kl, mse = distill.kl_distances(student, teacher), distill.mse_distances(student, teacher)
     for i, j in itertools.product(range(2), range(3)):
-        assert distances[i, j].item() == pytest.approx((student[i] - teacher[j]).square().mean().item())
-
-
-def test_distances_ignore_padding(small, write_gru, architecture, tmp_path, monkeypatch):
-    # the same batches, padded by three more columns: everything must stay as it was
-    argv = [small, "--teacher", write_gru(max_length=12), "--architecture", architecture, "--epochs", 2]
-    argv += ["--dropout", 0]
-    run(*argv, "--out", tmp_path / "a.pt2")
-    real = distill.pad_batch
-    monkeypatch.setattr(distill, "pad_batch", lambda *args: torch.nn.functional.pad(real(*args), (0, 3)))
-    run(*argv, "--out", tmp_path / "b.pt2")
-    for a, b in zip(log_of(tmp_path / "a.pt2"), log_of(tmp_path / "b.pt2"), strict=True):
-        for part in ("L_CE", "L_emb", "L_hid", "L_pred", "flow"):
-            np.testing.assert_allclose(a[part], b[part], rtol=1e-4, atol=1e-6)
-
-
-def test_layer_weights_move_toward_cheap_layers_and_stay_positive():
-    rng = np.random.default_rng(6)
-    for zero in (False, True):
-        for _ in range(50):
-            w_S, w_T, D = problem(rng, 4, 5)
-            if zero:
-                D[0] = 0  # the first layer is free
-            flow = distill.transport(w_S, w_T, D)
-            after = distill.updated_weights(w_S, (flow * D).sum(1))
-            assert (after > 0).all() and after.sum() == pytest.approx(1)
-            unit = (flow * D).sum(1) / w_S
-            order = np.argsort(unit)
-            assert (np.diff(after[order]) <= 1e-12).all() and after[order[0]] > after[order[-1]]
-
-
-@pytest.mark.parametrize("layers", [(1, 1), (2, 4), (4, 2), (3, 8), (4, 4)])
-def test_fixed_flows(layers):
-    one_to_one, last = (distill.fixed_flow(mapping, *layers) for mapping in ("one-to-one", "last"))
-    assert one_to_one.sum() == pytest.approx(1) and last.sum() == 1 == last[-1, -1]
-    np.testing.assert_allclose(one_to_one.sum(1), 1 / layers[0])
-    assert one_to_one[-1, -1] > 0  # the last layers belong together
-    chosen = one_to_one.argmax(1)
-    assert (np.diff(chosen) >= 0).all() and (one_to_one > 0).sum() == layers[0]
-    if layers == (3, 8):
-        assert chosen.tolist() == [2, 5, 7]
-
-
-def test_map_layers_of_each_kind():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(4, 9, 5, dtype=torch.float64)
-    w_S, w_T = np.full(2, 0.5), np.full(4, 0.25)
-    least = None
-    for distance, of in (("kl", distill.kl_distances), ("mse", distill.mse_distances)):
-        D = of(student, teacher).numpy()
-        loss, flow, next_S, next_T, _ = distill.map_layers(student, teacher, w_S, w_T, distance, "emd")
-        least = loss.item()
-        assert least == pytest.approx((flow * D).sum()) and flow.sum(1) == pytest.approx(w_S)
-        np.testing.assert_allclose(next_T, distill.updated_weights(w_T, (flow * D).sum(0)))
-        loss, flow, next_S, next_T, _ = distill.map_layers(student, teacher, w_S, w_T, distance, "last")
-        assert loss.item() == pytest.approx(D[1, 3]) and next_S is w_S and next_T is w_T
-        loss, flow, _, _, _ = distill.map_layers(student, teacher, w_S, w_T, distance, "one-to-one")
-        assert loss.item() == pytest.approx((D[0, 1] + D[1, 3]) / 2)
-
-
-# ---- Training ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("final", [None, 1e-3])
-def test_gamma_0_is_plain_training_bit_for_bit(small, write_gru, architecture, tmp_path, final):
-    common = [small, "--architecture", architecture, "--epochs", 3, "--gamma", 0, "--max-length", 8]
-    common += ["--batch-size", 8] + ([] if final is None else ["--final-learning-rate", final])
-    run(*common, "--out", tmp_path / "plain.pt2")
-    more = ["--teacher", write_gru(), "--mapping", "last", "--distance", "mse", "--hidden-weight", 3]
-    run(*common, *more, "--out", tmp_path / "zero.pt2")
-    plain, zero = weights_of(tmp_path / "plain.pt2"), weights_of(tmp_path / "zero.pt2")
-    assert plain.keys() == zero.keys() and all(torch.equal(plain[k], zero[k]) for k in plain)
-    # and plain training is: AdamW on the cross-entropy over all items, of the same batches; its rate may fall
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    _, starts, items = distill.read_interactions(small)
-    train_end, _ = distill.leave_one_out(starts)
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)
-    begin, end = np.maximum(starts[users], train_end[users] - 9), train_end[users]
-    model = distill.Student(12, 8, 8, [distill.Cell(8, EDGES) for _ in range(3)], 0.2)
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=5e-4)
-    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / 8)
-    rates = iter(np.linspace(5e-3, final or 5e-3, 3 * math.ceil(len(users) / 8) + 1))
-    losses = []
-    for _ in range(3):
-        model.train()
         total = 0
-        for batch in distill.batches_of_like_length(end - begin, 8, rng):
-            inputs = distill.pad_batch(items, begin[batch], end[batch] - 1)
-            targets = distill.pad_batch(items, begin[batch] + 1, end[batch])
-            scores = model.encode(inputs)[1] @ model.M.weight[1:].T
-            loss = torch.nn.functional.cross_entropy(
-                scores[inputs > 0], targets[inputs > 0] - 1, reduction="sum"
-            )
-            optimizer.zero_grad()
-            (loss / mean_count).backward()
-            optimizer.param_groups[0]["lr"] = next(rates)
-            optimizer.step()
-            total += loss.item()
-        losses.append(total / (end - begin - 1).sum())
-    np.testing.assert_allclose([line["L_CE"] for line in log_of(tmp_path / "plain.pt2")], losses, rtol=1e-4)
+        for n in range(9):
+            p = student[i, n].exp() / student[i, n].exp().sum()
+            q = teacher[j, n].exp() / teacher[j, n].exp().sum()
+            total += (q * (q / p).log()).sum().item()
+        assert kl[i, j].item() == pytest.approx(total / 9)
+        square = (student[i] - teacher[j]).square().mean().item()
+        assert mse[i, j].item() == pytest.approx(square)
+        assert distill.embedding_loss(student[i], teacher[j]).item() == pytest.approx(square)
+    assert distill.kl_distances(teacher, teacher).diagonal().abs().max() < 1e-12
+    large = 1e3 * torch.randn(20, 9, 5)
+    assert distill.mse_distances(large, large).min() >= 0  # not a tiny negative number, by rounding
 
 
-def test_one_epoch_lowers_the_emd_and_leaves_the_teacher(
-    small, write_gru, architecture, tmp_path, monkeypatch, capsys
-):
-    loaded, real = [], distill.load_model
-
-    def spy(*args):
-        program, config = real(*args)
-        loaded.append((program, {k: v.clone() for k, v in program.state_dict().items()}))
-        return program, config
-
-    monkeypatch.setattr(distill, "load_model", spy)
-    out = tmp_path / "new" / "student.pt2"
-    run(
-        small,
-        "--teacher",
-        write_gru(),
-        "--architecture",
-        architecture,
-        "--out",
-        out,
-        "--batch-size",
-        4,
-        "--epochs",
-        3,
-    )
-    ((program, before),) = loaded
-    assert before and all(torch.equal(before[k], v) for k, v in program.state_dict().items())
-    log = log_of(out)
-    assert log[1]["L_hid"] < log[0]["L_hid"] and log[1]["L_emb"] < log[0]["L_emb"]
-    assert np.shape(log[0]["flow"]) == (3, 2) and np.sum(log[0]["flow"]) == pytest.approx(1)
-    assert sum(log[-1]["student_weights"]) == pytest.approx(1) == sum(log[-1]["teacher_weights"])
-    said = capsys.readouterr().out
-    assert "flow of the last epoch" in said and said.count("weight") >= 2
+def test_layer_weights_are_their_formula():
+    # unit costs 1/2 and 2: quotients 5 and 5/4, over tau_w = 10
+    weights = distill.updated_weights(np.array([0.4, 0.6]), np.array([0.2, 1.2]))
+    np.testing.assert_allclose(weights, np.exp([0.5, 0.125]) / np.exp([0.5, 0.125]).sum())
+    # a free layer counts as a hundredth of the sum: quotients 100 and 1
+    weights = distill.updated_weights(np.array([0.4, 0.6]), np.array([0.0, 1.2]))
+    np.testing.assert_allclose(weights, np.exp([10, 0.1]) / np.exp([10, 0.1]).sum())
+    np.testing.assert_array_equal(distill.updated_weights(np.array([0.4, 0.6]), np.zeros(2)), [0.5, 0.5])
+    rng = np.random.default_rng(6)
+    for free in [True, False] * 50:  # cheap layers get more, and every layer something
+        w, c = rng.dirichlet(np.ones(4)), rng.exponential(size=4) * [not free, 1, 1, 1]
+        after = distill.updated_weights(w, w * c)[np.argsort(c)]
+        assert (np.diff(after) <= 0).all() and after[0] > after[-1] > 0 and after.sum() == pytest.approx(1)
 
 
-def test_the_best_epoch_is_kept_and_the_file_is_a_model(small, write_gru, architecture, tmp_path):
-    out = tmp_path / "student.pt2"
-    run(
-        small,
-        "--teacher",
-        write_gru(),
-        "--architecture",
-        architecture,
-        "--out",
-        out,
-        "--epochs",
-        40,
-        "--patience",
-        2,
-        "--learning-rate",
-        0.1,
-    )
-    log = log_of(out)
-    best = max(log, key=lambda line: line["NDCG@10"])
-    assert best["epoch"] < len(log) == best["epoch"] + 2 < 40
-    program, config = evaluate.load_model(out, 30, 12, "cpu")
-    assert config["validation"]["epoch"] == best["epoch"] and config["architecture"]["edges"] == EDGES
-    items = torch.randint(1, 13, (5, 8))
-    hidden, output, item_vectors = program(torch.ones(5), items)
-    assert hidden.shape == (4, 5, 8, 8) and item_vectors.shape == (13, 8)
-    for t in range(7):  # causal
-        changed = items.clone()
-        changed[:, t + 1 :] = torch.randint(1, 13, (5, 7 - t))
-        torch.testing.assert_close(program(torch.ones(5), changed)[1][:, : t + 1], output[:, : t + 1])
+def test_fixed_flows():
+    for layers, chosen in ((1, 1), [0]), ((2, 4), [1, 3]), ((4, 2), [0, 0, 1, 1]), ((3, 8), [2, 5, 7]):
+        one_to_one, last = (distill.fixed_flow(mapping, *layers) for mapping in ("one-to-one", "last"))
+        np.testing.assert_allclose(one_to_one, np.eye(layers[1])[chosen] / layers[0])
+        assert last.sum() == 1 == last[-1, -1]
 
 
-def test_starts_from_the_searched_weights_beside_the_architecture(small, tmp_path, capsys):
-    found = tmp_path / "a.json"
-    options = [
-        "--gamma",
-        "0",
-        "--cells",
-        "2",
-        "--dim",
-        "8",
-        "--edges",
-        "conv3",
-        "--epochs",
-        "2",
-        "--max-length",
-        "8",
-    ]
-    assert search.main([str(small), "--out", str(found), *options]) == 0
-    start = weights_of(found.with_suffix(".pt2"))
-    frozen = [small, "--architecture", found, "--gamma", 0, "--epochs", 1, "--learning-rate", 1e-9]
-    frozen += ["--max-length", 8]
-    run(*frozen, "--out", tmp_path / "b.pt2")
-    for name, weight in weights_of(tmp_path / "b.pt2").items():
-        torch.testing.assert_close(weight, start[name], atol=1e-6, rtol=1e-5)
-    assert "started from" in capsys.readouterr().out
-    run(*frozen, "--out", tmp_path / "c.pt2", "--from-scratch")
-    assert not torch.allclose(weights_of(tmp_path / "c.pt2")["M.weight"], start["M.weight"])
-    other = tmp_path / "other.json"
-    other.write_text(found.read_text().replace("conv3", "conv5"))
-    begin = [small, "--architecture", other, "--gamma", 0, "--out", tmp_path / "d.pt2"]
-    error = fails([*begin, "--start", found.with_suffix(".pt2")], capsys)
-    assert "another architecture" in error and not (tmp_path / "d.pt2").exists()
-    error = fails([small, "--architecture", found, "--gamma", 0, "--out", tmp_path / "d.pt2"], capsys)
-    assert "reads 8 items, not 50" in error
-
-
-def test_a_small_sasrec_can_be_the_student(small, write_gru, tmp_path):
-    out = tmp_path / "s.pt2"
-    argv = [small, "--teacher", write_gru(), "--out", out, "--student", "sasrec", "--dim", 6, "--blocks", 4]
-    run(*argv, "--epochs", 2)
-    program, config = evaluate.load_model(out, 30, 12, "cpu")
-    assert program(torch.ones(2), torch.ones(2, 3, dtype=torch.int64))[0].shape == (5, 2, 3, 6)
-    assert np.shape(log_of(out)[0]["flow"]) == (4, 2) and config["architecture"] is None
-
-
-def test_switches_change_the_result(small, write_gru, architecture, tmp_path):
-    results, teacher = [], write_gru()
-    variants = [[], ["--mapping", "last"], ["--mapping", "one-to-one"], ["--distance", "mse"], ["--gamma", 1]]
-    variants += [[f"--{part}-weight", 0] for part in ("embedding", "hidden", "prediction")]
-    for k, options in enumerate(variants):
-        argv = [
-            small,
-            "--teacher",
-            teacher,
-            "--architecture",
-            architecture,
-            "--out",
-            tmp_path / f"{k}.pt2",
-        ]
-        run(*argv, "--epochs", 2, *options)
-        results.append(weights_of(tmp_path / f"{k}.pt2")["M.weight"])
-    for one, other in itertools.combinations(results, 2):
-        assert not torch.equal(one, other)
-
-
-def test_the_same_seed_gives_the_same_file(small, write_gru, architecture, tmp_path):
-    teacher = write_gru()
-    for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
-        argv = [
-            small,
-            "--teacher",
-            teacher,
-            "--architecture",
-            architecture,
-            "--epochs",
-            2,
-            "--seed",
-            seed,
-        ]
-        run(*argv, "--out", tmp_path / name / "m.pt2")
-    a, b, c = (tmp_path / name / "m.pt2" for name in "abc")
-    assert a.read_bytes() == b.read_bytes()
-    assert not torch.equal(weights_of(a)["M.weight"], weights_of(c)["M.weight"])
+@pytest.mark.parametrize("gamma", [0.0, 0.4])
+def test_item_losses_are_their_formulas(gamma):
+    torch.manual_seed(0)
+    made = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (300, 41)]
+    taught = [torch.randn(n, 7, dtype=torch.float64) for n in (300, 41)]
+    target = torch.randint(1, 41, (300,))
+    loss, l_ce, l_pred = distill.item_losses(*made, target, *taught, 0.7, gamma)
+    z, r = (output @ vectors[1:].T for output, vectors in (made, taught))
+    p, q = z.exp() / z.exp().sum(1, keepdim=True), r.exp() / r.exp().sum(1, keepdim=True)
+    ce, kl = -p[range(300), target - 1].log().mean(), (q * (q / p).log()).sum(1).mean()
+    assert l_ce.item() == pytest.approx(ce.item())
+    assert l_pred.item() == pytest.approx(kl.item() if gamma else 0)
+    expected = 0.7 * ce + gamma * kl
+    torch.testing.assert_close(loss, expected)
+    slopes = torch.autograd.grad(3 * loss, made), torch.autograd.grad(3 * expected, made)
+    torch.testing.assert_close(*slopes)
 
 
 def test_item_losses_never_hold_all_scores():
     output, vectors = torch.randn(4000, 4), torch.randn(40_001, 4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    target = torch.randint(1, 40_001, (4000,))
-    distill.item_losses(output.requires_grad_(), vectors, target, output.detach(), vectors, 0.5, 0.5)[
-        0
-    ].backward()
+    before, target = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.randint(1, 40_001, (4000,))
+    made = distill.item_losses(output.requires_grad_(), vectors, target, output.detach(), vectors, 0.5, 0.5)
+    made[0].backward()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
     assert grown < 400  # MiB; the scores of one model alone are 610
 
 
-# ---- Bad input ---------------------------------------------------------------------------------------------
+# ---- Training, replayed as plain formulas ------------------------------------------------------------------
+
+LR, FINAL, DECAY, GAMMA, BATCH, EPOCHS, PATIENCE, SEED = 0.05, 0.25, 0.3, 0.3, 4, 6, 2, 5
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ({"cells": None}, "must have the keys"),
-        ({"cells": 0}, "cells is 0"),
-        ({"dim": "8"}, "dim is '8'"),
-        ({"nodes": 3}, "edges for 2 nodes, but nodes is 3"),
-        ({"edges": "conv3"}, "edges must be a list"),
-        ({"edges": [["conv3"], ["skip"]]}, "node 2 needs 2 operations"),
-        ({"edges": [["conv3"], ["skip", "conv9"]]}, "unknown operation 'conv9'"),
-        ({"edges": [["conv3"], ["skip", 3]]}, "unknown operation 3"),
-        ({"edges": [["none"], ["none", "none"]]}, "nothing of the input arrives"),
-    ],
-)
-def test_bad_architecture_files_are_told(small, architecture, tmp_path, capsys, change, says):
-    found = json.loads(architecture.read_text()) | change
-    architecture.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
-    argv = [small, "--architecture", architecture, "--gamma", 0, "--out", tmp_path / "m.pt2"]
-    error = fails(argv, capsys)
-    assert says in error and str(architecture) in error and not (tmp_path / "m.pt2").exists()
+def flow_between(w_S, w_T, D, mapping):
+    """The flow between two student layers and three teacher layers, without a solver."""
+    if mapping != "emd":
+        return np.array({"one-to-one": [[0, 0.5, 0], [0, 0, 0.5]], "last": [[0, 0, 0], [0, 0, 1]]}[mapping])
+    first, left = np.zeros(3), w_S[0]
+    for j in np.argsort(D[0] - D[1]):  # the first layer takes what it gets cheapest beside the second one
+        first[j] = min(left, w_T[j])
+        left -= first[j]
+    return np.stack([first, w_T - first])
 
 
-def test_files_that_are_none_are_told(small, architecture, tmp_path, capsys):
-    out = ["--gamma", 0, "--out", tmp_path / "m.pt2"]
-    assert "cannot read none.json" in fails([small, "--architecture", "none.json", *out], capsys)
-    assert "is no JSON" in fails([small, "--architecture", small, *out], capsys)
-    architecture.write_text("[]")
-    assert "must have the keys" in fails([small, "--architecture", architecture, *out], capsys)
+def replay(student, share, teacher, histories, distance, mapping):
+    """What the script is to do, in formulas and with nothing of it but its batches.
+
+    Returns HR@10, NDCG@10, the losses and the flow of each epoch, the best epoch and its weights.
+    """
+    torch.manual_seed(SEED)
+    rng, W, w_S, w_T = np.random.default_rng(SEED), [], np.full(2, 1 / 2), np.full(3, 1 / 3)
+    if teacher:
+        W = [torch.nn.Linear(student.M.weight.shape[1], teacher.M.weight.shape[1]) for _ in range(2)]
+        torch.manual_seed(SEED)
+    learned = [p for module in (student, *W) for p in module.parameters()]
+    moments, log, best, k = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned], [], 0, 0
+    train = {u: h[:-2] if len(h) >= 3 else h for u, h in histories.items()}
+    users = [u for u, h in train.items() if len(h) >= 2]
+    windows = [torch.tensor(train[u][-LENGTH - 1 :]) for u in users]
+    lengths, steps = np.array([len(h) for h in windows]), math.ceil(len(users) / BATCH)
+    while len(log) < min(EPOCHS, best + PATIENCE):
+        student.on, student.share, sums = True, share, 0
+        for batch in distill.batches_of_like_length(lengths, BATCH, rng):
+            ids = torch.tensor([users[n] for n in batch])
+            inputs = torch.nn.utils.rnn.pad_sequence([windows[n][:-1] for n in batch], batch_first=True)
+            b, t = inputs.nonzero(as_tuple=True)  # the real positions, history after history
+            H, output, vectors = student(ids, inputs)
+            H, log_p = H[:, b, t], (output[b, t] @ vectors[1:].T).log_softmax(1)
+            target = torch.cat([windows[n][1:] for n in batch])
+            parts, flow = [-log_p[range(len(b)), target - 1].mean()], np.zeros((2, 3))
+            loss = parts[0]
+            if teacher:
+                H_T, output, vectors = (x.detach() for x in teacher(ids, inputs))
+                H_T, log_q = H_T[:, b, t], (output[b, t] @ vectors[1:].T).log_softmax(1)
+                one, other = (H[1:] @ W[1].weight.T + W[1].bias)[:, None], H_T[None, 1:]
+                p, q = one.softmax(-1), other.softmax(-1)
+                D = {"kl": (q * (q / p).log()).sum(-1).mean(-1), "mse": ((one - other) ** 2).mean((2, 3))}
+                D = D[distance]
+                flow = flow_between(w_S, w_T, D.detach().numpy(), mapping)
+                if mapping == "emd":
+                    paid = flow * D.detach().numpy()
+                    c_S, c_T = paid.sum(1) / w_S, paid.sum(0) / w_T
+                    w_S, w_T = (np.exp(c.sum() / np.maximum(c, c.sum() / 100) / 10) for c in (c_S, c_T))
+                    w_S, w_T = w_S / w_S.sum(), w_T / w_T.sum()
+                parts += [((H[0] @ W[0].weight.T + W[0].bias - H_T[0]) ** 2).mean()]
+                parts += [(torch.tensor(flow) * D).sum(), (log_q.exp() * (log_q - log_p)).sum(1).mean()]
+                loss = (1 - GAMMA) * parts[0] + GAMMA * sum(parts[1:])
+            gradients = torch.autograd.grad(loss * len(b) / ((lengths - 1).sum() / steps), learned)
+            rate, k = LR * (1 - (1 - FINAL) * k / (EPOCHS * steps)), k + 1
+            with torch.no_grad():  # AdamW
+                for p, g, (m, v) in zip(learned, gradients, moments, strict=True):
+                    m.copy_(0.9 * m + 0.1 * g)
+                    v.copy_(0.999 * v + 0.001 * g * g)
+                    p -= rate * (DECAY * p + m / (1 - 0.9**k) / ((v / (1 - 0.999**k)).sqrt() + 1e-8))
+            sums = sums + len(b) * np.array([part.item() for part in parts] + flow.ravel().tolist())
+        student.on, ranks = False, []
+        for user, (*seen, target, _) in ((u, h) for u, h in histories.items() if len(h) >= 3):
+            _, output, vectors = student(torch.tensor([user]), torch.tensor([seen[-LENGTH:]]))
+            score = (output[0, -1] @ vectors.T).tolist()
+            ranks.append(1 + sum(score[i] > score[target] for i in {*range(1, ITEMS + 1)} - {*seen}))
+        gains = [1 / math.log2(rank + 1) if rank <= 10 else 0 for rank in ranks]
+        log.append([np.mean([rank <= 10 for rank in ranks]), np.mean(gains), *sums / (lengths - 1).sum()])
+        if np.argmax([row[1] for row in log]) == len(log) - 1:
+            best, weights = len(log), {name: p.detach().clone() for name, p in student.named_parameters()}
+    return log, best, weights
 
 
-def test_teachers_that_do_not_fit_are_told(small, write_gru, architecture, tmp_path, capsys):
-    argv = [small, "--architecture", architecture, "--out", tmp_path / "m.pt2"]
-    assert "made for 13 items" in fails([*argv, "--teacher", write_gru(items=13)], capsys)
-    assert "trained on other data" in fails([*argv, "--teacher", write_gru(data_sha256="0")], capsys)
-    assert "no layer behind its embedding" in fails([*argv, "--teacher", write_gru(layers=0)], capsys)
-    assert "lower --max-length" in fails([*argv, "--teacher", write_gru(), "--max-length", 9], capsys)
-    assert "--teacher is missing" in fails(argv, capsys)
+@pytest.mark.parametrize("mapping", ["emd", "one-to-one", "last", None])
+@pytest.mark.parametrize("distance, on, share", [("kl", False, 0.4), ("mse", True, 0.25)])
+def test_training_is_its_formulas(write_data, write_model, tmp_path, float64, mapping, distance, on, share):
+    # `on`: exported in training mode, and with the share of dropout to keep; without a mapping, no teacher
+    rng, out = np.random.default_rng(1), tmp_path / "new" / "student.pt2"
+    histories = {50 - 3 * u: (rng.permutation(ITEMS)[: 1 + u] + 1).tolist() for u in range(13)}
+    histories[1] = list(range(ITEMS, 0, -7))
+    torch.manual_seed(1)
+    student, teacher = Tower(2, 3, 4, on=on), Tower(3, 5, 6) if mapping else None
+    argv = [write_data(histories), "--student", write_model(student, ITEMS, LENGTH), "--out", out]
+    argv += ["--learning-rate", LR, "--final-rate", FINAL, "--weight-decay", DECAY, "--batch-size", BATCH]
+    argv += ["--epochs", EPOCHS, "--patience", PATIENCE, "--seed", SEED] + ["--dropout", share] * (not on)
+    if teacher:
+        argv += ["--teacher", write_model(teacher, ITEMS, LENGTH + 1, "teacher.pt2"), "--gamma", GAMMA]
+        argv += ["--mapping", mapping, "--distance", distance]
+    run(*argv)
+    expected, best, weights = replay(student, share, teacher, histories, distance, mapping)
+    log, names = log_of(out), ["HR@10", "NDCG@10", "L_CE", *["L_emb", "L_hid", "L_pred"] * bool(teacher)]
+    for line, row in zip(log, expected, strict=True):
+        found = [line[name] for name in names] + np.ravel(line["flow"] if teacher else [0] * 6).tolist()
+        np.testing.assert_allclose(found, row, rtol=1e-7, atol=1e-7)
+    program, config = evaluate.load_model(out, 50, ITEMS)
+    for name, weight in weights.items():
+        torch.testing.assert_close(program.state_dict[name], weight, rtol=1e-6, atol=1e-8)
+    assert config["validation"].items() <= log[best - 1].items() and config["validation"]["epoch"] == best
+    assert config["max_length"] == LENGTH
 
 
-def test_options_that_do_not_fit_are_told(small, write_gru, architecture, tmp_path, capsys):
-    argv = [small, "--teacher", write_gru(), "--out", tmp_path / "m.pt2"]
-    assert "--architecture is missing" in fails(argv, capsys)
-    assert "--start is for" in fails([*argv, "--student", "sasrec", "--start", "x.pt2"], capsys)
-    assert "does not divide" in fails([*argv, "--student", "sasrec", "--heads", 3], capsys)
-    rising = [*argv, "--student", "sasrec", "--final-learning-rate", 0.1]
-    assert "is above --learning-rate 0.005" in fails(rising, capsys)
-    with pytest.raises(SystemExit) as end:
-        distill.main([str(a) for a in [*argv, "--gamma", 2]])
-    assert end.value.code == 2
+# ---- The command line --------------------------------------------------------------------------------------
 
 
-def test_loss_that_is_not_finite_is_told_and_nothing_overwritten(
-    small, write_gru, architecture, tmp_path, capsys
-):
-    out = tmp_path / "m.pt2"
+def test_the_seed_decides_and_a_teacher_of_gamma_0_does_not(small, models, tmp_path):
+    student, teacher = models
+    zero = "--teacher", teacher, "--gamma", 0, "--mapping", "last", "--distance", "mse"
+    outs = [tmp_path / name / "student.pt2" for name in ("plain", "again", "zero", "other")]
+    for out, options in zip(outs, ((), (), zero, ("--seed", 1)), strict=True):
+        run(small, "--student", student, "--epochs", 2, "--out", out, *options)
+    assert outs[0].read_bytes() == outs[1].read_bytes() and "L_emb" not in log_of(outs[2])[0]
+    plain, _, zero, other, start = (weights_of(path) for path in (*outs, student))
+    assert plain.keys() == zero.keys() and all(torch.equal(plain[k], zero[k]) for k in plain)
+    assert not any(torch.equal(plain[k], start[k]) or torch.equal(plain[k], other[k]) for k in plain)
+    # it is still the searched student, with dropout off again
+    program, config = evaluate.load_model(outs[0], 30, 12)
+    assert config["architecture"]["edges"] == EDGES and config["stage"] == "emd_distill"
+    model = search.Student(12, 8, 8, [search.Cell(8, EDGES) for _ in range(3)], 0.2).eval()
+    model.load_state_dict(plain)
+    histories = torch.ones(5, dtype=torch.int64), torch.randint(1, 13, (5, 7))
+    torch.testing.assert_close(program.module()(*histories), model(*histories))
+
+
+def test_a_gru_learns_and_comes_out_as_a_model(small, write_gru, models, tmp_path, capsys):
+    gru, out = write_gru(), tmp_path / "out.pt2"
+    argv = small, "--student", gru, "--teacher", models[1], "--out", out
+    assert "exported without dropout" in fails(*argv, "--dropout", 0.1) and not out.exists()
+    run(*argv, "--epochs", 5, "--learning-rate", 0.02)
+    log, start, (program, config) = log_of(out), weights_of(gru), evaluate.load_model(out, 30, 12)
+    assert all(log[-1][part] < log[0][part] for part in ("L_CE", "L_emb", "L_hid", "L_pred"))
+    assert "flow, student layers down" in capsys.readouterr().out and config["validation"]["epoch"] > 1
+    assert not any(torch.equal(program.state_dict[name], start[name]) for name in start)
+    run(*argv, "--learning-rate", 0, "--patience", 2, "--epochs", 9)
+    config = evaluate.load_model(out, 30, 12)[1]
+    assert len(log_of(out)) == 3 and config["validation"]["epoch"] == 1  # no better is not better
+
+
+def test_models_that_do_not_fit_are_told_and_nothing_is_written(small, write_model, tmp_path):
+    def model(layers=1, items=12, length=8, **config):
+        name = f"{layers}-{items}-{length}-{len(config)}.pt2"
+        return write_model(Tower(layers, 3, 4, users=30, items=items), items, length, name, **config)
+
+    good, out = model(), ("--out", tmp_path / "out.pt2")
+    bad = {model(data_sha256="0"): "trained on other data", model(items=13): "for 13 items, the data have 12"}
+    bad |= {small: "is no model file", "none.pt2": "none.pt2: No such file"}
+    teachers = {model(layers=0): "no layer behind its embedding", model(length=7): "reads 7 items, not 8"}
+    before = sorted(tmp_path.iterdir())
+    for path, says in (bad | teachers).items():
+        error = fails(small, "--student", good, "--teacher", path, *out)
+        assert says in error and str(path) in error
+        assert path not in bad or fails(small, "--student", path, *out) == error
+    for gamma in (-0.1, 1.1):
+        assert fails(small, "--student", good, "--teacher", good, "--gamma", gamma, *out) == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_loss_that_is_not_finite_is_told_and_nothing_overwritten(small, models, tmp_path):
+    out = tmp_path / "out.pt2"
     out.write_text("old")
-    argv = [small, "--teacher", write_gru(), "--architecture", architecture, "--out", out]
-    assert "not finite" in fails([*argv, "--learning-rate", 1e30], capsys)
-    assert "the loss became" in fails(
-        [*argv, "--gamma", 0, "--batch-size", 2, "--learning-rate", 1e30], capsys
-    )
+    argv = small, "--student", models[0], "--out", out, "--learning-rate", 1e30, "--batch-size", 2
+    assert "distance between layers is not finite" in fails(*argv, "--teacher", models[1])
+    assert "the loss became" in fails(*argv)
     assert out.read_text() == "old"

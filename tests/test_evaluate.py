@@ -187,7 +187,7 @@ def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys
     # a batch takes as many milliseconds as the model reads items, one of 256 users 32 times as many
     spent = lambda model, data, n, device, batch, repeats: n * {1: 1, 256: 32}[batch]  # noqa: E731
     monkeypatch.setattr(evaluate, "milliseconds", spent)
-    results = report(capsys, data, *paths)
+    results = report(capsys, data, *paths, "--split", "valid")
     for result, (d, length) in zip(results, n.items(), strict=True):
         block = 4 * d * d + 4 * d + 2 * d * d + 2 * d + 4 * d  # attention, feed-forward, two norms
         small = 2 * block + 2 * d + length * d  # final norm, positions
@@ -196,9 +196,9 @@ def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys
         assert (result["macs"], result["macs_item_scores"]) == (macs, 50 * d)
         assert (result["ms_per_user"], result["ms_per_1000_users"]) == (length, length * 125)
         assert result["speed_up"] == 10 / length
-    evaluate.main([str(data), *map(str, paths)])
+    evaluate.main([str(data), *map(str, paths), "--split", "valid"])
     first, *lines = capsys.readouterr().out.splitlines()
-    assert "test items of 41 users" in first and len({*map(len, lines)}) == 1
+    assert f"{data}: valid items of 41 users, ranked" in first and len({*map(len, lines)}) == 1
     names = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in (5, 10, 20)]
     counts = ("parameters", "parameters_without_embeddings", "macs", "macs_item_scores")
     shown = dict.fromkeys(names, "{:.4f}") | {"NDCG@10_interval": "{0[0]:.4f}-{0[1]:.4f}"}

@@ -28,7 +28,19 @@ def scene(tmp_path_factory):
     said = run("data/prepare.py", "synthetic", "--scene", "markov", *size, "--seed", 0, "--out", data)
     best = float(re.search(r"NDCG@10 ([\d.]+)", said)[1])
     shape = ["--dim", 32, "--max-length", 15, "--dropout", 0.1]
-    run("sasrec_teacher.py", data, "--out", model, *shape, "--learning-rate", 3e-3, "--patience", 5)
+    run(
+        "sasrec_teacher.py",
+        data,
+        "--out",
+        model,
+        *shape,
+        "--learning-rate",
+        3e-3,
+        "--epochs",
+        40,
+        "--patience",
+        5,
+    )
     return data, model, best
 
 

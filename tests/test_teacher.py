@@ -323,7 +323,7 @@ def test_validation_is_that_of_evaluate(write_data, sasrec, monkeypatch):
 def test_the_same_seed_gives_the_same_file(small):
     a, _, c = (run(small, f"{SMALL} --seed {seed}", f"{n}.pt2")[0] for n, seed in enumerate((3, 3, 4)))
     assert (small.parent / "new/0.pt2").read_bytes() == (small.parent / "new/1.pt2").read_bytes()
-    assert not torch.equal(a["M.weight"], c["M.weight"])
+    assert (a["P"] - c["P"]).abs().max() > 0.02  # further than six steps of 0.001: they began apart
 
 
 def test_report_tells_the_minutes_left(tmp_path, capsys, monkeypatch):

@@ -394,7 +394,7 @@ def L(student, teacher, target, W, w, y, costs, args):
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
     loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
     if not teacher:
-        return loss + args.beta * l_cost, [l_ce, l_cost], 0, w
+        return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
     l_emb = embedding_loss(W[0](hidden[0]), hidden_T[0])
     distance = kl_distances(W[1](hidden[1:]), hidden_T[1:])
     D = distance.detach().double().cpu().numpy()
@@ -695,7 +695,7 @@ def load_teacher(path, user_count, item_count, data, max_length, device):
     """A frozen teacher, the items it sees (`max_length`, or what it reads if that is None), L_T and d_T."""
     program, config = load_model(path, user_count, item_count, data)
     if config["max_length"] < (max_length or 0):
-        sys.exit(f"{path} reads {config['max_length']} items, not {max_length}; lower --max-length")
+        sys.exit(f"{path} reads {config['max_length']} items, not {max_length}, as the student does")
     if config["layers"] < 1:
         sys.exit(f"{path} has no layer behind its embedding to learn from; use another teacher")
     teacher = program.module().requires_grad_(False).to(device)

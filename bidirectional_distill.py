@@ -213,7 +213,8 @@ class Learner:
         # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
         self.program, self.rng = program, np.random.default_rng(seed)
         self.model = with_dropout(program.module(), True).to(args.device)
-        self.judge = with_dropout(program.module(), False).to(args.device)
+        with_dropout(program.graph_module, False)  # should it have been exported in training
+        self.judge = program.module().to(args.device)
         self.restart(args)
 
     def restart(self, args):

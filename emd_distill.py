@@ -173,7 +173,7 @@ def L(student, teacher, target, W, w, args):
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
     loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
     if not teacher:
-        return loss, [l_ce], 0, w
+        return loss, [l_ce], np.zeros(0), w
     l_emb = embedding_loss(W[0](hidden[0]), hidden_T[0])
     D = DISTANCES[args.distance](W[1](hidden[1:]), hidden_T[1:])
     flow, w = map_layers(D.detach().double().cpu().numpy(), *w, args.mapping)
@@ -215,7 +215,8 @@ def train(args):
     users, begin, end, judged = training_part(args.data, starts, max_length, rng)
     # both share the parameters of `program`: `judge` judges what `student` learns, and `program` is saved
     student = with_dropout(program.module(), True, args.dropout).to(args.device)
-    judge = with_dropout(program.module(), False).to(args.device)
+    with_dropout(program.graph_module, False)  # should it have been exported in training
+    judge = program.module().to(args.device)
 
     torch.manual_seed(args.seed)
     learned, teacher, W, w = list(student.parameters()), None, None, None
@@ -420,7 +421,7 @@ def load_teacher(path, user_count, item_count, data, max_length, device):
     """A frozen teacher, the items it sees (`max_length`, or what it reads if that is None), L_T and d_T."""
     program, config = load_model(path, user_count, item_count, data)
     if config["max_length"] < (max_length or 0):
-        sys.exit(f"{path} reads {config['max_length']} items, not {max_length}; lower --max-length")
+        sys.exit(f"{path} reads {config['max_length']} items, not {max_length}, as the student does")
     if config["layers"] < 1:
         sys.exit(f"{path} has no layer behind its embedding to learn from; use another teacher")
     teacher = program.module().requires_grad_(False).to(device)
@@ -476,8 +477,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not 0 <= args.gamma <= 1:
-        parser.error("--gamma must lie in [0, 1]")
+    if not (0 <= args.gamma <= 1 and 0 <= args.final_rate <= 1 and args.learning_rate > 0):
+        parser.error("--gamma and --final-rate must lie in [0, 1], and --learning-rate be above 0")
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -194,8 +194,9 @@ class CDAE(nn.Module):
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [2, B, T, d], output [B, T, d+1], item_vectors [V+1, d+1]."""
-        again = (items[:, :, None] == items[:, None]).tril(-1).any(2)  # y_u is 1 for an item that comes twice
-        kept = F.dropout(1.0 - again.float(), 0.5, self.training)
+        ordered, order = items.sort(dim=1, stable=True)  # y_u is 1 for an item that comes twice
+        twice = (ordered == ordered.roll(1, 1)) & (torch.arange(items.shape[1], device=items.device) > 0)
+        kept = F.dropout(1.0 - twice.scatter(1, order, twice).float(), 0.5, self.training)
         embedded = self.W(items) * kept[..., None]
         h = (embedded.cumsum(1) + self.v(users)[:, None] + self.b).sigmoid()
         return torch.stack([embedded, h]), torch.cat([h, torch.ones_like(h[..., :1])], -1), self.w_and_b

@@ -98,9 +98,6 @@ def settings(**changed):
     return SimpleNamespace(**(sampling | training | changed))
 
 
-# ---- By hand ---------------------------------------------------------------------------------------------
-
-
 def test_ranks_and_probabilities_by_hand():
     observed = np.array([[0, 0, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
     scores_T = np.array([[9, 1, 5, 3, 7], [2, 2, 8, 6, 4]], np.float32)
@@ -125,9 +122,6 @@ def test_losses_by_hand():
     loss.backward()
     assert z_S.grad is None  # the one who teaches does not learn
     assert z_T.grad.tolist() == pytest.approx(p - label, abs=1e-6)
-
-
-# ---- Ranks and draws -------------------------------------------------------------------------------------
 
 
 def test_ranks_equal_a_slow_implementation():
@@ -221,9 +215,6 @@ def test_the_teacher_learns_the_group_that_the_student_knows_better(sign, most, 
     assert before - after == pytest.approx(fall, abs=0.05)
 
 
-# ---- Formulas in float64 ---------------------------------------------------------------------------------
-
-
 def represent(base, model, w, user, history, kept=1.0):
     """What scores each item of `history` [T] and those after it, and the item vectors; by weights `w` alone.
 
@@ -292,6 +283,7 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
         for batch in batches:
             l_cf, l_bd = [torch.zeros(())] * 2, [torch.zeros(())] * 2  # of teacher and student
             both = [torch.from_numpy(next(negatives)) for _ in bd.KINDS]
+            assert not torch.equal(*both)  # each has its own
             masks = [F.dropout(torch.ones(j.shape[:2]), 0.5).double() for j in both]
             for row, (user, b, window) in enumerate(rows[n] for n in batch):
                 first, found = [window.index(item) for item in window], []
@@ -325,8 +317,6 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
     # unlike the published code's: else validation and test items alone are never pushed down
     assert sum(item in HISTORIES[user][-2:] for user, item in asked) > 20
 
-
-# ---- Runs ------------------------------------------------------------------------------------------------
 
 SMALL = ["--dims", 6, 2, "--warm-up", 2, "--epochs", 3, "--period", 2]
 
@@ -414,9 +404,6 @@ def test_switches_change_the_result(small, given, tmp_path, monkeypatch):
         run(*common, *changed.split(), "--out", tmp_path / "bd")
         results.append([log_of(tmp_path / "bd")[-1][part] for part in ("L_CF(T)", "L_CF(S)", "L_BD(T;S)")])
     assert all(one != other for one, other in itertools.combinations(results, 2))
-
-
-# ---- Bad input -------------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_told(small, write_data, given, write_gru, tmp_path):

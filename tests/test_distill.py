@@ -97,9 +97,6 @@ def problem(rng, rows, columns):
     return w_S, w_T, rng.exponential(size=(rows, columns))
 
 
-# ---- Transport ---------------------------------------------------------------------------------------------
-
-
 def sums_of_a_flow(rows, columns):
     """The matrix that takes a flow, row after row, to the sums of its rows and of its columns."""
     return np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.tile(np.eye(columns), rows)])
@@ -172,9 +169,6 @@ def test_gradient_of_the_emd_is_the_flow():
         assert (up - down) / 2e-5 == pytest.approx(flow.flat[k], abs=1e-6)
 
 
-# ---- Distances, layer weights, losses ----------------------------------------------------------------------
-
-
 def test_distances_are_their_formulas():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(3, 9, 5, dtype=torch.float64)
@@ -242,8 +236,6 @@ def test_item_losses_never_hold_all_scores():
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
     assert grown < 400  # MiB; the scores of one model alone are 610
 
-
-# ---- Training, replayed as plain formulas ------------------------------------------------------------------
 
 LR, FINAL, DECAY, GAMMA, BATCH, EPOCHS, PATIENCE, SEED = 0.05, 0.25, 0.3, 0.3, 4, 6, 2, 5
 
@@ -348,9 +340,6 @@ def test_training_is_its_formulas(write_data, write_model, tmp_path, float64, ma
         torch.testing.assert_close(program.state_dict[name], weight, rtol=1e-6, atol=1e-8)
     assert config["validation"].items() <= log[best - 1].items() and config["validation"]["epoch"] == best
     assert config["max_length"] == LENGTH
-
-
-# ---- The command line --------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_and_a_teacher_of_gamma_0_does_not(small, models, tmp_path):

@@ -52,9 +52,6 @@ def fails(capfd, *argv):
     return end.value.code
 
 
-# ---- Ranks and metrics -------------------------------------------------------------------------------------
-
-
 def test_rank_by_hand():
     # padding's 9 takes no part, nor does what was seen, not even in a tie; a target seen before does
     cases = {(9, 5, 4, 3, 2): [(1, [], 1), (4, [], 4), (4, [1, 2], 2), (3, [3, 1], 2)]}
@@ -174,9 +171,6 @@ def test_bootstrap_interval_is_of_95_percent():
     values = np.random.default_rng(0).random(400)
     found = np.array(evaluate.bootstrap_interval(values, seed=0, resamples=40_000))
     np.testing.assert_allclose((found - values.mean()) / values.std() * 20, [-1.96, 1.96], atol=0.04)
-
-
-# ---- Size and speed, and how they are printed --------------------------------------------------------------
 
 
 def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys, monkeypatch):

@@ -55,8 +55,6 @@ def fails(words, needle):
     assert str(needle) in ended.value.code
 
 
-# ---- MovieLens-100K ---------------------------------------------------------------------------------------
-
 MEMBERS = {  # of the wheel, by name
     prepare.FOLDER + "ml-100k.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     "10\t3\t4\t50\n2\t1\t5\t70\n2\t3\t1\t60\n10\t2\t3\t50\n2\t2\t2\t60\n10\t1\t3\t9\n",
@@ -110,8 +108,6 @@ def test_ml_100k_refuses_a_file_that_is_no_such_wheel(spoilt, wheel, tmp_path):
     fails(["ml-100k --wheel", wheel, "--out", tmp_path / "ml.txt"], "SHA-256" if spoilt in MEMBERS else "")
     assert list(tmp_path.iterdir()) == [wheel]
 
-
-# ---- Synthetic scenes -------------------------------------------------------------------------------------
 
 SCENES = pytest.mark.parametrize("scene, lag", [("markov", 0), ("lag", 2), ("taste", None)])
 
@@ -217,9 +213,6 @@ def test_synthetic_refuses_what_makes_no_scene(options, tmp_path):
 def test_synthetic_runs_at_the_limits(extreme, tmp_path):
     main("synthetic --users 20 --scene lag", extreme, "--out", tmp_path / "x.txt")
     assert len({*pairs(tmp_path / "x.txt")}) == 600  # no item twice
-
-
-# ---- Any rating log ---------------------------------------------------------------------------------------
 
 
 def convert_slowly(rows, event=None, min_rating=0, dedupe=False, k=1, timed=False):

@@ -59,9 +59,6 @@ def log_of(out):
     return [json.loads(line) for line in Path(f"{out}.log.jsonl").read_text().splitlines()]
 
 
-# ---- The cell ----------------------------------------------------------------------------------------------
-
-
 def operated(name, x, weight=None, bias=None):
     """o(x) of x [B, d, T], written out: a shifted copy of x for each item that o looks at."""
     past = [F.pad(x, (back, 0))[..., : x.shape[-1]] for back in BACK[name]]
@@ -187,9 +184,6 @@ def test_receptive_field_is_what_gradients_say(float64, edges, cells):
     assert search.receptive_field(edges, cells) == reached
 
 
-# ---- Choice and cost ---------------------------------------------------------------------------------------
-
-
 def test_gumbel_draws_each_operation_as_often_as_softmax_says(float64):
     torch.manual_seed(0)
     alpha = torch.randn(8)
@@ -246,9 +240,6 @@ def test_random_architectures_cost_what_is_asked(small, tmp_path, cost):
         assert search.cost_loss(one_hot(edges), costs).item() == pytest.approx(cost, rel=0.1)
         assert search.receptive_field(edges) > 0
     assert len(set(map(str, found))) > 5
-
-
-# ---- The search --------------------------------------------------------------------------------------------
 
 
 def kl(q, p):
@@ -370,9 +361,6 @@ def test_cost_decides_where_accuracy_does_not(tmp_path):
     assert searched(tmp_path, 0, 0.3)[0] in {"skip", "avg_pool", "max_pool"}
     operation, log = searched(tmp_path, 4, 1000)
     assert operation in {"skip", "none"} and log[-1]["expected_cost"] < 0.05
-
-
-# ---- Files and bad input -----------------------------------------------------------------------------------
 
 
 def test_files_of_a_search_and_of_a_student_built_anew(small, write_gru, tmp_path, capsys):

@@ -54,9 +54,6 @@ def fails(data, options="", out="new/m.pt2"):
     return end.value.code
 
 
-# ---- Data --------------------------------------------------------------------------------------------------
-
-
 def test_read_interactions(tmp_path):
     text, array = tmp_path / "data.txt", tmp_path / "data.npy"
     text.write_bytes(b"7\t3\r\n7 1\n\n  2   99999999  \n9 4\n9 4\n9 4")
@@ -116,9 +113,6 @@ def test_negatives_are_unseen_and_uniform():
         counts, unseen = np.bincount(drawn[users == user], minlength=13), sorted({*range(1, 13)} - history)
         assert counts.sum() == counts[unseen].sum() == 6000
         assert user == 2 or stats.chisquare(counts[unseen]).pvalue > 1e-3
-
-
-# ---- Model and losses --------------------------------------------------------------------------------------
 
 
 def by_hand(weights, items, heads, dropout=1):
@@ -225,9 +219,6 @@ def test_bce_loss_is_its_formula(k, float64):
 
 def test_sampled_loss_is_its_formula_and_leaves_the_target_out(float64):
     check_loss("sampled", torch.tensor([3, 7, 7, 40, 1]))  # 300 targets among 40 meet them all
-
-
-# ---- Training ----------------------------------------------------------------------------------------------
 
 
 CASES = [("ce", 0, 4, 2), ("bce", 1, 3, 1), ("bce", 3, 1, 1), ("sampled", 256, 2, 1)]

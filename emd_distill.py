@@ -477,8 +477,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not (0 <= args.gamma <= 1 and 0 <= args.final_rate <= 1 and args.learning_rate > 0):
-        parser.error("--gamma and --final-rate must lie in [0, 1], and --learning-rate be above 0")
+    if not (0 <= args.gamma <= 1 and 0 <= args.final_rate <= 1 and args.learning_rate >= 0):
+        parser.error("--gamma and --final-rate must lie in [0, 1], and --learning-rate not be below 0")
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

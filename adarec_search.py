@@ -61,10 +61,8 @@ def earlier(x, places):
 
 
 class Operation(nn.Module):
-    """One operation o(x) on x [B, d, T], causal: position t sees t and earlier alone.
-
-    The published code pads convolutions and pools on both sides, which shows position t the item at t + 1
-    that it has to predict. Here everything is padded on the left.
+    """One operation o(x) on x [B, d, T], causal: all is padded on the left. The published code pads on both
+    sides, which shows position t the item at t + 1 that it has to predict.
     """
 
     def __init__(self, name, dim):
@@ -107,19 +105,15 @@ class Cell(nn.Module):
 
 
 class Student(nn.Module):
-    """Embedding, cells, and scores by the item vectors; `forward` is the contract of a model file.
-
-    Histories are padded on the right: a causal model needs no mask for what comes later.
-    """
+    """Embedding, cells, and scores by the item vectors; `forward` is the contract of a model file."""
 
     def __init__(self, item_count, max_length, dim, cells, dropout):
         super().__init__()
         self.M = nn.Embedding(item_count + 1, dim, padding_idx=0)  # items, and scores by the same vectors
-        self.P = nn.Parameter(torch.empty(max_length, dim))  # positions
+        self.P = nn.Parameter(0.02 * torch.randn(max_length, dim))  # positions
         self.dropout = nn.Dropout(dropout)
         self.cells = nn.ModuleList(cells)
         self.norm = nn.LayerNorm(dim)
-        nn.init.normal_(self.P, std=0.02)
         nn.init.normal_(self.M.weight, std=0.02)
         self.M.weight.data[0] = 0
 
@@ -154,10 +148,8 @@ def receptive_field(edges, cells=1):
 
 
 class MixedEdges(nn.Module):
-    """The edges from one node to `targets` later ones, each sum_o y_o o(x), with |O| operations at once.
-
-    Convolutions, average pool, skip and none are linear and alike at every position, so their weighted sum is
-    one convolution, whose kernel is the weighted sum of theirs. Max pooling alone stands apart.
+    """The edges from one node to `targets` later ones, each sum_o y_o o(x). All operations but the max pool
+    are convolutions, so their weighted sum is one, whose kernel is the weighted sum of theirs.
     """
 
     def __init__(self, dim, targets):
@@ -186,10 +178,9 @@ class MixedEdges(nn.Module):
 
     def forward(self, x, y):
         """x [B, d, T], nowhere negative; y [targets, |O|] -> [B, targets, d, T]."""
-        kernel, bias = self.merge(y)
-        kernel = kernel.flatten(0, 1)
+        kernel, bias = (part.flatten(0, 1) for part in self.merge(y))
         # no operation looks 5 or 7 items back: a convolution of even taps and one of taps 3 and 1 cost less
-        linear = F.conv1d(F.pad(x, (REACH, 0)), kernel[..., ::2], bias.flatten(), dilation=2)
+        linear = F.conv1d(F.pad(x, (REACH, 0)), kernel[..., ::2], bias, dilation=2)
         linear += F.conv1d(F.pad(x, (3, -1)), kernel[..., -4::2], dilation=2)
         y_max = y[:, [OPERATIONS.index("max_pool")]].expand(len(x), -1, -1)  # [B, targets, 1]
         with torch.set_grad_enabled(bool(y_max.any())):  # a pool that no edge has chosen passes nothing to x
@@ -197,11 +188,6 @@ class MixedEdges(nn.Module):
         # linear + y_max pooled, as a product of matrices, so that its gradient is one, too
         total = torch.baddbmm(linear.view(len(x), len(y), -1), y_max, pooled.flatten(1)[:, None])
         return total.view(len(x), len(y), *x.shape[1:])
-
-    def operation_weights(self, target, name):
-        """Weight [d, d, k] and bias [d] of convolution `name` on the edge to the `target`-th later node."""
-        o = list(TAPS).index(name)
-        return self.kernels.split(self.widths, -1)[o][target], self.biases[target, o]
 
 
 class MixedCell(nn.Module):
@@ -224,15 +210,16 @@ class MixedCell(nn.Module):
         return x_0 + F.relu(self.norm(total.transpose(1, 2)))
 
     def derive(self, edges):
-        """The Cell with operations `edges`, and their weights as they are here."""
+        """The Cell with operations `edges`, and a copy of the weights that they have here."""
         cell = Cell(self.norm.normalized_shape[0], edges)
-        cell.w.data, cell.norm = self.w.data.clone(), copy.deepcopy(self.norm)
+        cell.w, cell.norm = copy.deepcopy(self.w), copy.deepcopy(self.norm)
         for j, row in enumerate(cell.operations, 1):
             for i, operation in enumerate(row):
                 if operation.name in TAPS:
-                    weight, bias = self.sources[i].operation_weights(j - i - 1, operation.name)
-                    operation.convolution.weight.data = weight.detach().clone()
-                    operation.convolution.bias.data = bias.detach().clone()
+                    o, source = list(TAPS).index(operation.name), self.sources[i]
+                    kernel = source.kernels.data[j - i - 1].split(source.widths, -1)[o]
+                    operation.convolution.weight.data = kernel.clone()
+                    operation.convolution.bias.data = source.biases.data[j - i - 1, o].clone()
         return cell
 
 
@@ -251,18 +238,11 @@ def choose(alpha, tau, relaxation):
     return hard + (soft - soft.detach())
 
 
-def temperature(epoch):
-    """tau in `epoch` (from 1): from 1, times 0.8 every 5 epochs."""
-    return 0.8 ** ((epoch - 1) // 5)
-
-
-def derive(supernet, edges, dropout):
-    """The student with operations `edges` on a supernet's cells, and the weights it has there."""
-    cells = [cell.derive(edges) for cell in supernet.cells]
-    student = Student(len(supernet.M.weight) - 1, len(supernet.P), supernet.M.embedding_dim, cells, dropout)
-    for part in ("M", "P", "norm"):
-        setattr(student, part, copy.deepcopy(getattr(supernet, part)))
-    return student.to(supernet.P.device)
+def derive(supernet, edges):
+    """The student with operations `edges` on a supernet's cells, and a copy of the weights it has there."""
+    student = copy.deepcopy(supernet)
+    student.cells = nn.ModuleList(cell.derive(edges) for cell in supernet.cells)
+    return student
 
 
 def best_edges(alpha):
@@ -278,9 +258,8 @@ def best_edges(alpha):
 
 def operation_costs(dim, nodes):
     """cost(o) [|O|], float64: half its share of parameters, half its share of multiply-adds, in units of the
-    dearest architecture of `nodes` nodes, all of whose edges are the dearest operation (METHODS: ours).
-
-    A pool counts a multiply-add for each of the items it looks at, skip and none nothing.
+    dearest architecture of `nodes` nodes, all of whose edges are the dearest operation (ours). A pool counts
+    a multiply-add for each of the items it looks at, skip and none nothing.
     """
     kernels = [len(TAPS.get(o, ())) * dim * dim for o in OPERATIONS]
     parameters = [kernel + dim * (o in TAPS) for kernel, o in zip(kernels, OPERATIONS, strict=True)]
@@ -302,8 +281,8 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
 
     L_CE = -log p_target, L_pred = KL(q || p) = sum_i q_i log(q_i / p_i), means over the N real positions; p
     is the student's softmax over the items, q the teacher's. output [N, d], item_vectors [V+1, d], target
-    [N]; the teacher's output_T [N, e] and vectors_T [V+1, e], read where weight_pred is not 0. The [N, V]
-    scores are never kept: a slice of positions at a time gives the loss and, in the same pass, its gradient.
+    [N]; output_T [N, e] and vectors_T [V+1, e] are read if weight_pred is not 0. The [N, V] scores are never
+    kept: a slice of positions at a time gives the loss and, in the same pass, its gradient.
     """
     states, vectors = output.detach(), item_vectors.detach()[1:]
     d_output, d_item_vectors = torch.zeros_like(output), torch.zeros_like(item_vectors)
@@ -329,15 +308,9 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
     return loss + (weight_ce * l_ce + weight_pred * l_pred - loss.detach()).to(loss), l_ce, l_pred
 
 
-def embedding_loss(projected, teacher):
-    """L_emb = MSE(E^S W_e, E^T); both [N, d_T]."""
-    return F.mse_loss(projected, teacher)
-
-
 def kl_distances(student, teacher):
-    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T].
-
-    student [L_S, N, d_T], already projected; teacher [L_T, N, d_T].
+    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T];
+    student [L_S, N, d_T], already projected, and teacher [L_T, N, d_T].
     """
     log_p, log_q = student.log_softmax(-1).flatten(1), teacher.log_softmax(-1).flatten(1)
     q = log_q.exp()
@@ -345,10 +318,8 @@ def kl_distances(student, teacher):
 
 
 def transport(student_weights, teacher_weights, distance):
-    """The flow F [L_S, L_T] of least cost: min sum_ij F_ij D_ij, F >= 0, rows sum to w^S, columns to w^T.
-
-    Weights [L_S] and [L_T], each of sum 1; distance [L_S, L_T]; float64 arrays. Ends when a distance is not
-    finite or the solver fails.
+    """The flow F [L_S, L_T] of least cost: min sum_ij F_ij D_ij, F >= 0, rows sum to w^S, columns to w^T;
+    weights [L_S] and [L_T], each of sum 1, distance [L_S, L_T], float64 arrays.
     """
     if not np.isfinite(distance).all():
         sys.exit("a distance between layers is not finite; lower --learning-rate")
@@ -368,8 +339,7 @@ def emd_loss(distance, flow):
 
 
 def updated_weights(weights, paid, tau_w=10.0):
-    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i.
-
+    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i;
     weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. A c_i below a hundredth of
     the sum counts as that: with 0 the quotient would have no value, and with less all other weights none.
     """
@@ -395,7 +365,7 @@ def L(student, teacher, target, W, w, y, costs, args):
     loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
     if not teacher:
         return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
-    l_emb = embedding_loss(W[0](hidden[0]), hidden_T[0])
+    l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
     distance = kl_distances(W[1](hidden[1:]), hidden_T[1:])
     D = distance.detach().double().cpu().numpy()
     flow = transport(*w, D)
@@ -417,9 +387,10 @@ def search(args):
     last_ids, max_length = (int(user_ids.max()), int(items.max())), args.max_length or 50
     teacher, W, w = None, None, None
     if args.teacher and args.gamma > 0:
-        about = *last_ids, args.data, args.max_length, args.device
-        teacher, max_length, layers, d_T = load_teacher(args.teacher, *about)
-    users, begin, end, judged = training_part(args.data, starts, max_length, rng)
+        program, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
+        teacher = program.module().requires_grad_(False).to(args.device)
+        max_length = args.max_length or config["max_length"]
+    users, begin, end, _ = training_part(args.data, starts, max_length, rng)
 
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
     model = Student(last_ids[1], max_length, args.dim, cells, args.dropout).to(args.device)
@@ -427,16 +398,16 @@ def search(args):
     alpha = nn.Parameter(torch.zeros(edge_index(0, args.nodes + 1), len(OPERATIONS), device=args.device))
     learned = list(model.parameters())
     if teacher:
-        W = [nn.Linear(args.dim, d_T).to(args.device) for _ in range(2)]  # W_e, and W_h of all layers
-        w = [np.full(n, 1 / n) for n in (args.cells, layers)]
+        W = [nn.Linear(args.dim, config["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
+        w = [np.full(layers, 1 / layers) for layers in (args.cells, config["layers"])]
         learned += [*W[0].parameters(), *W[1].parameters()]
     groups = [{"params": learned}, {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
-    log = []
+    log, mean_count = [], (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)
     for epoch in range(1, args.epochs + 1):
-        tau, tick, total, flows, positions = temperature(epoch), time.time(), 0, 0, 0
+        tau = 0.8 ** ((epoch - 1) // 5)  # anneals from 1, a fifth less every 5 epochs
+        total, flows, positions, tick = 0, 0, 0, time.time()
         batches = batches_of_like_length(end - begin, args.batch_size, rng)
         for step, batch in enumerate(batches, 1):
             ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
@@ -451,8 +422,7 @@ def search(args):
             optimizer.zero_grad()
             # the losses sum over positions: a batch of short histories must not count as one of long ones
             (loss * count / mean_count).backward()
-            if epoch <= args.alpha_warm_up:
-                # a convolution must learn before it can beat a pool, which need not: all are drawn alike
+            if epoch <= args.alpha_warm_up:  # kernels must learn before they can beat a pool, which need not
                 alpha.grad = None
             optimizer.step()
             total = total + count * np.array([part.item() for part in parts])
@@ -462,15 +432,12 @@ def search(args):
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
         edges, p = best_edges(alpha), alpha.detach().softmax(-1)
-        student = derive(model, edges, args.dropout)
-        hr, ndcg = validate(student.eval(), user_ids, starts, items, judged, max_length, args.device)
-        names = ("L_CE", "L_cost", "L_emb", "L_hid", "L_pred")
-        log += [{"epoch": epoch} | dict(zip(names, total / positions, strict=False))]
-        log[-1] |= {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick, "tau": tau}
+        mean = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), total / positions, strict=False)
+        log += [{"epoch": epoch} | dict(mean) | {"tau": tau, "seconds": time.time() - tick}]
         log[-1] |= {"expected_cost": cost_loss(p, costs).item(), "sure": p.max(-1).values.mean().item()}
         log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": np.divide(flows, positions).tolist()}
         report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
-    save_student(args, student, edges, max_length, {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg})
+    save_student(args, derive(model, edges), edges, max_length)
 
 
 def edges_text(edges):
@@ -479,16 +446,12 @@ def edges_text(edges):
 
 
 def random_edges(nodes, costs, cost, rng):
-    """A random architecture, each edge's operation drawn uniformly, whose cost is within 10 % of `cost`.
-
-    costs [|O|]; any cost will do if `cost` is NaN. Ends if a million draws have none.
-    """
-    for _ in range(100):
-        drawn = rng.integers(len(OPERATIONS), size=(10_000, edge_index(0, nodes + 1)))
-        for row in drawn[~(abs(costs[drawn].sum(1) - cost) > cost / 10)]:
-            edges = best_edges(F.one_hot(torch.from_numpy(row), len(OPERATIONS)))
-            if receptive_field(edges):
-                return edges
+    """Uniformly drawn edges of a cost within 10 % of `cost`, or of any cost if that is NaN; costs [|O|]."""
+    for _ in range(100_000):
+        drawn = rng.integers(len(OPERATIONS), size=edge_index(0, nodes + 1))
+        edges = best_edges(np.eye(len(OPERATIONS))[drawn])
+        if not abs(costs[drawn].sum() - cost) > cost / 10 and receptive_field(edges):
+            return edges
     sys.exit(f"--random {cost}: no architecture of such a cost was found; it lies between 0 and 1")
 
 
@@ -505,16 +468,15 @@ def read_architecture(path):
     return cells, dim, edges
 
 
-def save_student(args, student, edges, max_length, validation):
+def save_student(args, student, edges, max_length):
     """Write the architecture OUT, and the student beside it, as .pt2."""
     cells, dim = len(student.cells), student.M.embedding_dim
     architecture = {"cells": cells, "nodes": len(edges), "dim": dim, "edges": edges}
     config = {"architecture": architecture, "items": len(student.M.weight) - 1, "max_length": max_length}
-    program = export(student.cpu(), max_length)
-    save_model(args, Path(args.out).with_suffix(".pt2"), program, student, validation, **config)
+    out, program = Path(args.out).with_suffix(".pt2"), export(student.cpu(), max_length)
+    save_model(args, out, program, student, None, **config)
     write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
-    costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges)).tolist(), strict=True))
-    cost = sum(costs[o] for row in edges for o in row)
+    cost = operation_costs(dim, len(edges))[[OPERATIONS.index(o) for row in edges for o in row]].sum()
     print(f"{args.out}: {edges_text(edges)}; cost {cost:.3f}, sees {receptive_field(edges, cells)} items")
 
 
@@ -529,7 +491,7 @@ def build(args):
         edges = random_edges(args.nodes, costs, args.random, np.random.default_rng(args.seed))
     item_count = int(read_interactions(args.data)[2].max())
     student = Student(item_count, max_length, dim, [Cell(dim, edges) for _ in range(cells)], args.dropout)
-    save_student(args, student, edges, max_length, None)
+    save_student(args, student, edges, max_length)
 
 
 def at_real(made, real):
@@ -540,14 +502,12 @@ def at_real(made, real):
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
 
-JUDGES = 10_000  # users that validation draws from a large log: enough to choose an epoch
-
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
+    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
+    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
     """
     array = str(path).endswith(".npy")
     try:
@@ -569,26 +529,24 @@ def read_interactions(path):
 
 
 def leave_one_out(starts):
-    """The split (shared by every stage): last item test, the one before validation, the rest training.
-
-    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
-    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
+    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
+    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
 
 
-def training_part(path, starts, max_length, rng):
+def training_part(path, starts, max_length, rng, judges=10_000):
     """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and `judged`, the users that validation ranks, drawn where there are many.
+    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
     """
     train_end, evaluated = leave_one_out(starts)
     users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
     judged = np.flatnonzero(evaluated)
     if len(users) == 0 or len(judged) == 0:
         sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > JUDGES:
-        judged = np.sort(rng.choice(judged, JUDGES, replace=False))
+    if len(judged) > judges:
+        judged = np.sort(rng.choice(judged, judges, replace=False))
     return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
 
 
@@ -600,9 +558,8 @@ def pad_batch(items, begin, end):
 
 
 def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: little padding.
-
-    Each 64 shuffled batches (a quarter of all, if less: epochs should differ) are sorted by length.
+    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
+    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
     """
     order = rng.permutation(len(length))
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
@@ -612,42 +569,7 @@ def batches_of_like_length(length, batch_size, rng):
     return [batches[k] for k in rng.permutation(len(batches))]
 
 
-# ---- Validation and files --------------------------------------------------------------------------------
-
-
-def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
-
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
-    target: a model that scores all items alike gets what chance gets. The target itself always takes part.
-    """
-    own = scores.gather(1, target[:, None])  # [B, 1]
-    if not own.isfinite().all():  # nothing ranks above a NaN
-        sys.exit("the model's scores are not finite; train it again with a lower --learning-rate")
-    scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], own)
-    better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
-    return 1 + better.double() + (equal.double() - 1) / 2
-
-
-@torch.no_grad()
-def validate(model, user_ids, starts, items, judged, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
-
-    `model`, in evaluation mode, sees the last `max_length` training items.
-    """
-    ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
-    slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
-    for chosen in np.array_split(np.argsort(end - begin), slices):
-        b, e = begin[chosen], end[chosen]
-        window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
-        _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
-        target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
-    rank = torch.cat(ranks)
-    hit = (rank <= 10).double()
-    return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
+# ---- Files ---------------------------------------------------------------------------------------------
 
 
 def sha256_of(path):
@@ -670,10 +592,9 @@ def export(model, max_length):
     return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
 
 
-def load_model(path, user_count, item_count, data=None):
-    """Program and config, with `layers` L and `dim` d of its hidden states, of a model file.
-
-    Ends unless it takes ids up to these counts, and was trained on `data`, if that is given.
+def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
+    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
+    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
@@ -681,25 +602,16 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+        found = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
             raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
+        if config["max_length"] < max_length or len(hidden) <= layers:
+            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
     return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
-
-
-def load_teacher(path, user_count, item_count, data, max_length, device):
-    """A frozen teacher, the items it sees (`max_length`, or what it reads if that is None), L_T and d_T."""
-    program, config = load_model(path, user_count, item_count, data)
-    if config["max_length"] < (max_length or 0):
-        sys.exit(f"{path} reads {config['max_length']} items, not {max_length}, as the student does")
-    if config["layers"] < 1:
-        sys.exit(f"{path} has no layer behind its embedding to learn from; use another teacher")
-    teacher = program.module().requires_grad_(False).to(device)
-    return teacher, max_length or config["max_length"], config["layers"], config["dim"]
 
 
 def save_model(args, out, program, module, validation, **config):

@@ -356,14 +356,12 @@ def with_dropout(module, on, share=None):
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
 
-JUDGES = 10_000  # users that validation draws from a large log: enough to choose an epoch
-
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
+    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
+    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
     """
     array = str(path).endswith(".npy")
     try:
@@ -385,26 +383,24 @@ def read_interactions(path):
 
 
 def leave_one_out(starts):
-    """The split (shared by every stage): last item test, the one before validation, the rest training.
-
-    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
-    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
+    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
+    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
 
 
-def training_part(path, starts, max_length, rng):
+def training_part(path, starts, max_length, rng, judges=10_000):
     """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and `judged`, the users that validation ranks, drawn where there are many.
+    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
     """
     train_end, evaluated = leave_one_out(starts)
     users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
     judged = np.flatnonzero(evaluated)
     if len(users) == 0 or len(judged) == 0:
         sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > JUDGES:
-        judged = np.sort(rng.choice(judged, JUDGES, replace=False))
+    if len(judged) > judges:
+        judged = np.sort(rng.choice(judged, judges, replace=False))
     return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
 
 
@@ -440,9 +436,8 @@ def pad_batch(items, begin, end):
 
 
 def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: little padding.
-
-    Each 64 shuffled batches (a quarter of all, if less: epochs should differ) are sorted by length.
+    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
+    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
     """
     order = rng.permutation(len(length))
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
@@ -458,8 +453,8 @@ def batches_of_like_length(length, batch_size, rng):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
-    target: a model that scores all items alike gets what chance gets. The target itself always takes part.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
+    all items alike gets what chance gets.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN
@@ -472,10 +467,7 @@ def rank_of_target(scores, target, seen):
 
 @torch.no_grad()
 def validate(model, user_ids, starts, items, judged, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
-
-    `model`, in evaluation mode, sees the last `max_length` training items.
-    """
+    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
     for chosen in np.array_split(np.argsort(end - begin), slices):
@@ -510,10 +502,9 @@ def export(model, max_length):
     return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
 
 
-def load_model(path, user_count, item_count, data=None):
-    """Program and config, with `layers` L and `dim` d of its hidden states, of a model file.
-
-    Ends unless it takes ids up to these counts, and was trained on `data`, if that is given.
+def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
+    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
+    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
@@ -521,9 +512,11 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+        found = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
             raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
+        if config["max_length"] < max_length or len(hidden) <= layers:
+            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind

@@ -39,9 +39,8 @@ from torch import nn
 
 
 def kl_distances(student, teacher):
-    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T].
-
-    student [L_S, N, d_T], already projected; teacher [L_T, N, d_T].
+    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T];
+    student [L_S, N, d_T], already projected, and teacher [L_T, N, d_T].
     """
     log_p, log_q = student.log_softmax(-1).flatten(1), teacher.log_softmax(-1).flatten(1)
     q = log_q.exp()
@@ -49,9 +48,8 @@ def kl_distances(student, teacher):
 
 
 def mse_distances(student, teacher):
-    """D_ij = mean of (H^S_i W_h - H^T_j)^2 over positions and features: [L_S, L_T] (BERT-EMD).
-
-    student [L_S, N, d_T], already projected; teacher [L_T, N, d_T].
+    """D_ij = mean of (H^S_i W_h - H^T_j)^2 over positions and features: [L_S, L_T] (BERT-EMD);
+    student [L_S, N, d_T], already projected, and teacher [L_T, N, d_T].
     """
     s, t = student.flatten(1), teacher.flatten(1)
     squares = s.square().sum(1)[:, None] + t.square().sum(1) - 2 * s @ t.T
@@ -62,10 +60,8 @@ DISTANCES = {"kl": kl_distances, "mse": mse_distances}
 
 
 def transport(student_weights, teacher_weights, distance):
-    """The flow F [L_S, L_T] of least cost: min sum_ij F_ij D_ij, F >= 0, rows sum to w^S, columns to w^T.
-
-    Weights [L_S] and [L_T], each of sum 1; distance [L_S, L_T]; float64 arrays. Ends when a distance is not
-    finite or the solver fails.
+    """The flow F [L_S, L_T] of least cost: min sum_ij F_ij D_ij, F >= 0, rows sum to w^S, columns to w^T;
+    weights [L_S] and [L_T], each of sum 1, distance [L_S, L_T], float64 arrays.
     """
     if not np.isfinite(distance).all():
         sys.exit("a distance between layers is not finite; lower --learning-rate")
@@ -99,8 +95,7 @@ def emd_loss(distance, flow):
 
 
 def updated_weights(weights, paid, tau_w=10.0):
-    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i.
-
+    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i;
     weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. A c_i below a hundredth of
     the sum counts as that: with 0 the quotient would have no value, and with less all other weights none.
     """
@@ -123,18 +118,13 @@ def map_layers(D, w_S, w_T, mapping):
 # ---- L_emb, L_CE and L_pred; L ---------------------------------------------------------------------------
 
 
-def embedding_loss(projected, teacher):
-    """L_emb = MSE(E^S W_e, E^T); both [N, d_T]."""
-    return F.mse_loss(projected, teacher)
-
-
 def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred):
     """weight_ce L_CE + weight_pred L_pred, and both by themselves, for the log.
 
     L_CE = -log p_target, L_pred = KL(q || p) = sum_i q_i log(q_i / p_i), means over the N real positions; p
     is the student's softmax over the items, q the teacher's. output [N, d], item_vectors [V+1, d], target
-    [N]; the teacher's output_T [N, e] and vectors_T [V+1, e], read where weight_pred is not 0. The [N, V]
-    scores are never kept: a slice of positions at a time gives the loss and, in the same pass, its gradient.
+    [N]; output_T [N, e] and vectors_T [V+1, e] are read if weight_pred is not 0. The [N, V] scores are never
+    kept: a slice of positions at a time gives the loss and, in the same pass, its gradient.
     """
     states, vectors = output.detach(), item_vectors.detach()[1:]
     d_output, d_item_vectors = torch.zeros_like(output), torch.zeros_like(item_vectors)
@@ -174,7 +164,7 @@ def L(student, teacher, target, W, w, args):
     loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
     if not teacher:
         return loss, [l_ce], np.zeros(0), w
-    l_emb = embedding_loss(W[0](hidden[0]), hidden_T[0])
+    l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
     D = DISTANCES[args.distance](W[1](hidden[1:]), hidden_T[1:])
     flow, w = map_layers(D.detach().double().cpu().numpy(), *w, args.mapping)
     l_hid = emd_loss(D, flow)
@@ -221,9 +211,10 @@ def train(args):
     torch.manual_seed(args.seed)
     learned, teacher, W, w = list(student.parameters()), None, None, None
     if args.teacher and args.gamma > 0:
-        teacher, _, layers_T, d_T = load_teacher(args.teacher, *last_ids, args.data, max_length, args.device)
-        W = [nn.Linear(config["dim"], d_T).to(args.device) for _ in range(2)]  # W_e, and W_h of all layers
-        w = [np.full(layers, 1 / layers) for layers in (config["layers"], layers_T)]
+        taught_by, config_T = load_model(args.teacher, *last_ids, args.data, max_length, layers=1)
+        teacher = taught_by.module().requires_grad_(False).to(args.device)
+        W = [nn.Linear(config["dim"], config_T["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
+        w = [np.full(layers, 1 / layers) for layers in (config["layers"], config_T["layers"])]
         learned += [*W[0].parameters(), *W[1].parameters()]
         torch.manual_seed(args.seed)  # dropout is the same with a teacher and without
     steps = math.ceil(len(users) / args.batch_size)
@@ -273,14 +264,12 @@ def train(args):
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
 
-JUDGES = 10_000  # users that validation draws from a large log: enough to choose an epoch
-
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
+    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
+    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
     """
     array = str(path).endswith(".npy")
     try:
@@ -302,26 +291,24 @@ def read_interactions(path):
 
 
 def leave_one_out(starts):
-    """The split (shared by every stage): last item test, the one before validation, the rest training.
-
-    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
-    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
+    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
+    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
 
 
-def training_part(path, starts, max_length, rng):
+def training_part(path, starts, max_length, rng, judges=10_000):
     """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and `judged`, the users that validation ranks, drawn where there are many.
+    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
     """
     train_end, evaluated = leave_one_out(starts)
     users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
     judged = np.flatnonzero(evaluated)
     if len(users) == 0 or len(judged) == 0:
         sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > JUDGES:
-        judged = np.sort(rng.choice(judged, JUDGES, replace=False))
+    if len(judged) > judges:
+        judged = np.sort(rng.choice(judged, judges, replace=False))
     return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
 
 
@@ -333,9 +320,8 @@ def pad_batch(items, begin, end):
 
 
 def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: little padding.
-
-    Each 64 shuffled batches (a quarter of all, if less: epochs should differ) are sorted by length.
+    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
+    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
     """
     order = rng.permutation(len(length))
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
@@ -351,8 +337,8 @@ def batches_of_like_length(length, batch_size, rng):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
-    target: a model that scores all items alike gets what chance gets. The target itself always takes part.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
+    all items alike gets what chance gets.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN
@@ -365,10 +351,7 @@ def rank_of_target(scores, target, seen):
 
 @torch.no_grad()
 def validate(model, user_ids, starts, items, judged, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
-
-    `model`, in evaluation mode, sees the last `max_length` training items.
-    """
+    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
     for chosen in np.array_split(np.argsort(end - begin), slices):
@@ -396,10 +379,9 @@ def write(path, content):
     temporary.replace(path)
 
 
-def load_model(path, user_count, item_count, data=None):
-    """Program and config, with `layers` L and `dim` d of its hidden states, of a model file.
-
-    Ends unless it takes ids up to these counts, and was trained on `data`, if that is given.
+def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
+    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
+    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
@@ -407,25 +389,16 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+        found = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
             raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
+        if config["max_length"] < max_length or len(hidden) <= layers:
+            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
     return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
-
-
-def load_teacher(path, user_count, item_count, data, max_length, device):
-    """A frozen teacher, the items it sees (`max_length`, or what it reads if that is None), L_T and d_T."""
-    program, config = load_model(path, user_count, item_count, data)
-    if config["max_length"] < (max_length or 0):
-        sys.exit(f"{path} reads {config['max_length']} items, not {max_length}, as the student does")
-    if config["layers"] < 1:
-        sys.exit(f"{path} has no layer behind its embedding to learn from; use another teacher")
-    teacher = program.module().requires_grad_(False).to(device)
-    return teacher, max_length or config["max_length"], config["layers"], config["dim"]
 
 
 def save_model(args, out, program, module, validation, **config):

@@ -47,8 +47,8 @@ def score(model, users, windows):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
-    target: a model that scores all items alike gets what chance gets. The target itself always takes part.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
+    all items alike gets what chance gets.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN
@@ -244,8 +244,8 @@ def recommend(args):
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
+    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
+    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
     """
     array = str(path).endswith(".npy")
     try:
@@ -267,10 +267,8 @@ def read_interactions(path):
 
 
 def leave_one_out(starts):
-    """The split (shared by every stage): last item test, the one before validation, the rest training.
-
-    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
-    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
+    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
+    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
@@ -288,10 +286,9 @@ def sha256_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def load_model(path, user_count, item_count, data=None):
-    """Program and config, with `layers` L and `dim` d of its hidden states, of a model file.
-
-    Ends unless it takes ids up to these counts, and was trained on `data`, if that is given.
+def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
+    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
+    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
@@ -299,9 +296,11 @@ def load_model(path, user_count, item_count, data=None):
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3], config["max_length"] > 0
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1, True):
+        found = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
             raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
+        if config["max_length"] < max_length or len(hidden) <= layers:
+            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
         if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
             raise ValueError("it was trained on other data and may know their test items")
     except Exception as error:  # whatever unpickling meets in a file of another kind

@@ -211,14 +211,12 @@ def train(args):
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
 
-JUDGES = 10_000  # users that validation draws from a large log: enough to choose an epoch
-
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 arrays `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user
-    `user_ids[k]` is `items[starts[k]:starts[k+1]]`, oldest first. Ids go from 1 to 99,999,999.
+    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
+    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
     """
     array = str(path).endswith(".npy")
     try:
@@ -240,26 +238,24 @@ def read_interactions(path):
 
 
 def leave_one_out(starts):
-    """The split (shared by every stage): last item test, the one before validation, the rest training.
-
-    Returns `train_end` [U] and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with three
-    interactions or more, `evaluated`, the validation item stands at `train_end[k]`, the test item behind it.
+    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
+    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
     """
     evaluated = np.diff(starts) >= 3
     return starts[1:] - 2 * evaluated, evaluated
 
 
-def training_part(path, starts, max_length, rng):
+def training_part(path, starts, max_length, rng, judges=10_000):
     """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and `judged`, the users that validation ranks, drawn where there are many.
+    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
     """
     train_end, evaluated = leave_one_out(starts)
     users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
     judged = np.flatnonzero(evaluated)
     if len(users) == 0 or len(judged) == 0:
         sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > JUDGES:
-        judged = np.sort(rng.choice(judged, JUDGES, replace=False))
+    if len(judged) > judges:
+        judged = np.sort(rng.choice(judged, judges, replace=False))
     return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
 
 
@@ -282,9 +278,8 @@ def pad_batch(items, begin, end):
 
 
 def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: little padding.
-
-    Each 64 shuffled batches (a quarter of all, if less: epochs should differ) are sorted by length.
+    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
+    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
     """
     order = rng.permutation(len(length))
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
@@ -300,8 +295,8 @@ def batches_of_like_length(length, batch_size, rng):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. Ties count by halves against the
-    target: a model that scores all items alike gets what chance gets. The target itself always takes part.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
+    all items alike gets what chance gets.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN
@@ -314,10 +309,7 @@ def rank_of_target(scores, target, seen):
 
 @torch.no_grad()
 def validate(model, user_ids, starts, items, judged, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items.
-
-    `model`, in evaluation mode, sees the last `max_length` training items.
-    """
+    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
     for chosen in np.array_split(np.argsort(end - begin), slices):

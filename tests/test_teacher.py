@@ -294,13 +294,12 @@ def test_the_file_is_of_the_best_epoch_and_patience_counts_from_it(small, monkey
     assert (config["items"], config["max_length"], config["settings"]["patience"]) == (20, 6, 3)
 
 
-def test_validation_is_that_of_evaluate(write_data, sasrec, monkeypatch):
+def test_validation_is_that_of_evaluate(write_data, sasrec):
     # users in no order, histories too short or longer than the model takes, two slices; drawn users
     rng = np.random.default_rng(0)
     histories = {int(u): rng.integers(1, 31, rng.integers(1, 20)) for u in rng.permutation(900) + 1}
     user_ids, starts, items = data = teacher.read_interactions(write_data(histories | {999: range(1, 31)}))
-    monkeypatch.setattr(teacher, "JUDGES", 300)
-    judged, other = (teacher.training_part("", starts, 12, np.random.default_rng(s))[3] for s in (0, 1))
+    judged, other = (teacher.training_part("", starts, 12, np.random.default_rng(s), 300)[3] for s in (0, 1))
     assert len({*judged}) == 300 and {*judged} != {*other}
     of_user_too = lambda module, args, out: (out[0], out[1] + module.P[args[0] % 12][:, None], out[2])  # noqa: E731
     sasrec.register_forward_hook(of_user_too)

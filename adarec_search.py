@@ -131,12 +131,12 @@ class Student(nn.Module):
 
 
 def edge_index(i, j):
-    """Row of `alpha` and `y` that belongs to the edge from node i to node j: 0-1, 0-2, 1-2, 0-3, ..."""
+    """Row of `alpha` and `y` of the edge from i to j: 0-1, 0-2, 1-2, 0-3, ...; (0, n + 1): their number."""
     return j * (j - 1) // 2 + i
 
 
 def receptive_field(edges, cells=1):
-    """How many items, itself included, an output of `cells` cells depends on; 0 if the input reaches none."""
+    """How many items the output of `cells` cells depends on; 0 if no node is reached by the cell's input."""
     back = {o: taps[0] for o, taps in TAPS.items()} | {"avg_pool": POOL - 1, "max_pool": POOL - 1, "skip": 0}
     reach = [0]  # how many items back node i looks; minus infinity where nothing of the input arrives
     for row in edges:
@@ -301,7 +301,7 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
         d_scores.scatter_add_(1, here, torch.full_like(here, -weight_ce, dtype=d_scores.dtype))
         d_output[part] = d_scores @ vectors
         d_item_vectors[1:].addmm_(d_scores.T, states[part])
-    # a number of that gradient, which takes the value of the loss
+    # a number whose gradients are d_output and d_item_vectors; below it is given the value of the loss
     loss = (output * d_output.div_(len(output))).sum()
     loss = loss + (item_vectors * d_item_vectors.div_(len(output))).sum()
     l_ce, l_pred = l_ce / len(output), l_pred / len(output)
@@ -340,8 +340,8 @@ def emd_loss(distance, flow):
 
 def updated_weights(weights, paid, tau_w=10.0):
     """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i;
-    weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. A c_i below a hundredth of
-    the sum counts as that: with 0 the quotient would have no value, and with less all other weights none.
+    weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i is taken as a
+    hundredth of the sum at least: 0 would divide by zero, and a tiny one would take all the weight.
     """
     c = paid / weights
     if c.sum() <= 0:
@@ -420,7 +420,7 @@ def search(args):
             loss, parts, flow, w = L(made, taught, targets[real], W, w, y, costs, args)
             count = int(real.sum())
             optimizer.zero_grad()
-            # the losses sum over positions: a batch of short histories must not count as one of long ones
+            # a mean over positions: weighed by how many, or short histories would count as much as long ones
             (loss * count / mean_count).backward()
             if epoch <= args.alpha_warm_up:  # kernels must learn before they can beat a pool, which need not
                 alpha.grad = None
@@ -450,7 +450,7 @@ def random_edges(nodes, costs, cost, rng):
     for _ in range(100_000):
         drawn = rng.integers(len(OPERATIONS), size=edge_index(0, nodes + 1))
         edges = best_edges(np.eye(len(OPERATIONS))[drawn])
-        if not abs(costs[drawn].sum() - cost) > cost / 10 and receptive_field(edges):
+        if not abs(costs[drawn].sum() - cost) > cost / 10 and receptive_field(edges):  # no cost: NaN, never >
             return edges
     sys.exit(f"--random {cost}: no architecture of such a cost was found; it lies between 0 and 1")
 
@@ -657,7 +657,7 @@ def main(argv=None):
     add("--dim", type=int, default=64, help="d_S: size of hidden states and item vectors")
     add("--max-length", type=int, help="most recent items that the student sees; the teacher's, or 50")
     add("--dropout", type=float, default=0.2, help="share of units dropped before and after the cells")
-    add("--gamma", type=float, default=0.5, help="weight of L_KD; that of L_CE is 1 - gamma")
+    add("--gamma", type=float, default=0.5, help="weight of L_emb + L_hid + L_pred; 1 - gamma of L_CE")
     add("--beta", type=float, default=0.3, help="weight of L_cost, which is 1 for the dearest architecture")
     add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="drawn, or DARTS's mixture")
     add("--alpha-learning-rate", type=float, default=5e-2, help="of AdamW on alpha; 2e-5 as published")

@@ -10,10 +10,10 @@ much their rankings disagree:
 
 Reads   interactions, `user item` a row (data/README.md); two model files (README.md, "The model file"): any
         two sequence models that were trained already, or with --base bpr or cdae two that this script wrote.
-Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch whose validation NDCG@10 was best; and
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch together whose validation NDCG@10 was best; and
         OUT.log.jsonl, a line an epoch.
 Shapes  B users (bpr: pairs of user and item), T positions, e features of an output, V items, item 0 padding;
-        k negatives, and drawn items of each direction, an observed item.
+        for each observed item k negatives, and k drawn items in each direction.
 
     python bidirectional_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/bd
     python bidirectional_distill.py data/ml-100k.txt --base bpr --out runs/bpr
@@ -123,17 +123,16 @@ def last_state(output, items):
 
 
 def pairwise(output, item_vectors, items, negatives):
-    """L_CF of BPR (Rendle et al., UAI 2009): -sum log sigma(z_ui - z_uj); and the number of pairs."""
-    real = items > 0
-    z_i = logits(output[real], item_vectors, items[real][:, None])  # [N, 1]
-    return -F.logsigmoid(z_i - logits(output[real], item_vectors, negatives[real])).sum()
+    """L_CF of BPR (Rendle et al., UAI 2009): -sum log sigma(z_ui - z_uj)."""
+    states, i, j = (x[items > 0] for x in (output, items[..., None], negatives))  # [N, e], [N, 1], [N, k]
+    return -F.logsigmoid(logits(states, item_vectors, i) - logits(states, item_vectors, j)).sum()
 
 
 def pointwise(states, item_vectors, items, negatives):
     """-sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]; states [B, T, e] are what scores `items`."""
-    real = items > 0
-    z_i = logits(states[real], item_vectors, items[real][:, None])  # [N, 1]
-    return -F.logsigmoid(z_i).sum() - F.logsigmoid(-logits(states[real], item_vectors, negatives[real])).sum()
+    states, i, j = (x[items > 0] for x in (states, items[..., None], negatives))  # [N, e], [N, 1], [N, k]
+    z_i, z_j = logits(states, item_vectors, i), logits(states, item_vectors, j)
+    return -F.logsigmoid(z_i).sum() - F.logsigmoid(-z_j).sum()
 
 
 def of_user(output, item_vectors, items, negatives):
@@ -453,8 +452,8 @@ def batches_of_like_length(length, batch_size, rng):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
-    all items alike gets what chance gets.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
+    what chance gives in the mean among items that are scored alike.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN
@@ -547,15 +546,15 @@ def report(out, log, left, began, mark=""):
 
 # ---- The command line ------------------------------------------------------------------------------------
 
-SETTINGS = {  # of --base bpr and cdae, as published, and of sequence models, ours
+SETTINGS = {  # for bpr and cdae as published, for sequence models ours: the three defaults in --help
     "learning_rate": (float, 1e-3, 2e-3, 1e-3, "of Adam"),
     "temperature": (float, 5.0, 2.0, 1.0, "tau: the other model's logits are divided by it"),
     "epsilon_exp": (float, 1e-4, 1e-4, 1e-3, "epsilon_e of p_S->T"),
     "epsilon_tanh": (float, 1e-2, 1e-4, 1e-2, "epsilon_t of p_T->S"),
     "batch_size": (int, 128, 128, 32, "observed pairs a step with bpr, else users"),
-    "samples": (int, 1, 5, 1, "k: uniform negatives, and drawn items of each direction, an observed item"),
+    "samples": (int, 1, 5, 1, "k: negatives, and drawn items in each direction, for each observed one"),
     "warm_up": (int, 1000, 1000, 0, "epochs alone, where no models are given"),
-    "epochs": (int, 100, 1000, 20, "epochs together; 0 writes the warmed up models"),
+    "epochs": (int, 100, 1000, 20, "epochs together; if 0, the warmed up models are written"),
 }
 
 
@@ -568,14 +567,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--teacher", help="model file to train on, with --student. Load only trusted ones")
-    add("--student", help="model file to train on, with --teacher")
+    add("--teacher", help="trained model to go on from, with --student. Load only trusted ones")
+    add("--student", help="trained model to go on from, with --teacher")
     add("--out", required=True, help="what OUT-teacher.pt2, OUT-student.pt2 and OUT.log.jsonl begin with")
-    add("--base", choices=L_CF, default="sequence", help="kind of both models")
+    add("--base", choices=L_CF, default="sequence", help="kind of both models: three defaults below")
     dims = {"nargs": 2, "type": int, "default": [50, 5], "metavar": ("TEACHER", "STUDENT")}
-    add("--dims", **dims, help="sizes of the vectors of bpr and cdae")
+    add("--dims", **dims, help="sizes of the vectors of a new bpr or cdae")
     for name, (kind, *defaults, what) in SETTINGS.items():
-        add(f"--{name.replace('_', '-')}", type=kind, help=f"{what}; bpr, cdae, sequence: {defaults}")
+        options = {"type": kind, "default": argparse.SUPPRESS, "help": f"{what}; {defaults}"}
+        add(f"--{name.replace('_', '-')}", **options)
     add("--lambda-teacher", type=float, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
     add("--lambda-student", type=float, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
     add("--weight-decay", type=float, default=0.0, help="of Adam")
@@ -589,7 +589,7 @@ def main(argv=None):
     if bool(args.teacher) != bool(args.student) or (args.base == "sequence" and not args.teacher):
         parser.error("give --teacher and --student, two trained models, or --base bpr or cdae")
     for name, (_, *defaults, _) in SETTINGS.items():
-        if getattr(args, name) is None:
+        if name not in args:
             given = name == "warm_up" and args.teacher
             setattr(args, name, 0 if given else dict(zip(L_CF, defaults, strict=True))[args.base])
     try:

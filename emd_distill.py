@@ -96,8 +96,8 @@ def emd_loss(distance, flow):
 
 def updated_weights(weights, paid, tau_w=10.0):
     """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i;
-    weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. A c_i below a hundredth of
-    the sum counts as that: with 0 the quotient would have no value, and with less all other weights none.
+    weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i is taken as a
+    hundredth of the sum at least: 0 would divide by zero, and a tiny one would take all the weight.
     """
     c = paid / weights
     if c.sum() <= 0:
@@ -143,7 +143,7 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
         d_scores.scatter_add_(1, here, torch.full_like(here, -weight_ce, dtype=d_scores.dtype))
         d_output[part] = d_scores @ vectors
         d_item_vectors[1:].addmm_(d_scores.T, states[part])
-    # a number of that gradient, which takes the value of the loss
+    # a number whose gradients are d_output and d_item_vectors; below it is given the value of the loss
     loss = (output * d_output.div_(len(output))).sum()
     loss = loss + (item_vectors * d_item_vectors.div_(len(output))).sum()
     l_ce, l_pred = l_ce / len(output), l_pred / len(output)
@@ -236,7 +236,7 @@ def train(args):
             loss, parts, flow, w = L(made, taught, targets[real], W, w, args)
             count = int(real.sum())
             optimizer.zero_grad()
-            # the losses sum over positions: a batch of short histories must not count as one of long ones
+            # a mean over positions: weighed by how many, or short histories would count as much as long ones
             (loss * count / mean_count).backward()
             optimizer.step()
             schedule.step()
@@ -337,8 +337,8 @@ def batches_of_like_length(length, batch_size, rng):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
-    all items alike gets what chance gets.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
+    what chance gives in the mean among items that are scored alike.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN
@@ -437,7 +437,7 @@ def main(argv=None):
     add("--student", required=True, help="model file to train on from its weights. Load only trusted ones")
     add("--teacher", help="model file to learn from; none: plain training. Load only trusted ones")
     add("--out", required=True, help="model file to write, as runs/student.pt2; the log is OUT.log.jsonl")
-    add("--gamma", type=float, default=0.5, help="weight of L_KD; 1 - gamma is L_CE's")
+    add("--gamma", type=float, default=0.5, help="weight of L_emb + L_hid + L_pred; 1 - gamma of L_CE")
     add("--distance", choices=DISTANCES, default="kl", help="D_ij between layers: AdaRec's, or BERT-EMD's")
     add("--mapping", choices=["emd", "one-to-one", "last"], default="emd", help="student to teacher layers")
     add("--dropout", type=float, help="share of units dropped in training; the student's own if not given")

@@ -47,8 +47,8 @@ def score(model, users, windows):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
-    all items alike gets what chance gets.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
+    what chance gives in the mean among items that are scored alike.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN

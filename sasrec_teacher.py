@@ -189,7 +189,7 @@ def train(args):
             _, output, item_vectors = model(ids, inputs)
             loss = LOSSES[args.loss](output[real], item_vectors, targets[real], *negatives)
             optimizer.zero_grad()
-            # the losses sum over positions: a batch of short histories must not count as one of long ones
+            # a mean over positions: weighed by how many, or short histories would count as much as long ones
             (loss * count / mean_count).backward()
             optimizer.step()
             total, positions = total + loss.item() * count, positions + count
@@ -295,8 +295,8 @@ def batches_of_like_length(length, batch_size, rng):
 def rank_of_target(scores, target, seen):
     """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, a model that scores
-    all items alike gets what chance gets.
+    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
+    what chance gives in the mean among items that are scored alike.
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     if not own.isfinite().all():  # nothing ranks above a NaN

@@ -45,7 +45,7 @@ TAPS = {
     "dilated_conv3": (4, 2, 0),
     "dilated_conv5": (8, 6, 4, 2, 0),
 }
-OPERATIONS = (*TAPS, "avg_pool", "max_pool", "skip", "none")
+OPERATIONS = (*TAPS, "avg_pool", "max_pool", "skip", "none", "mean")  # the paper's eight, and ours
 POOL = 3  # width of the pools
 REACH = 8  # items back that the widest operation looks
 
@@ -60,9 +60,14 @@ def earlier(x, places):
     return [padded[..., longest - back : longest - back + x.shape[-1]] for back in places]
 
 
+def running_mean(x):
+    """The mean of x [..., T] up to each place."""
+    return x.cumsum(-1) / torch.ones_like(x).cumsum(-1)
+
+
 class Operation(nn.Module):
     """One operation o(x) on x [B, d, T], causal: all is padded on the left. The published code pads on both
-    sides, which shows position t the item at t + 1 that it has to predict.
+    sides, which shows position t the item at t + 1 that it has to predict. `mean` is ours: it sees it all.
     """
 
     def __init__(self, name, dim):
@@ -81,6 +86,8 @@ class Operation(nn.Module):
             return sum(earlier(x, range(POOL))) / POOL
         if self.name == "max_pool":  # x = ReLU(x_i) is nowhere below the padding
             return functools.reduce(torch.maximum, earlier(x, range(POOL)))
+        if self.name == "mean":
+            return running_mean(x)
         return x if self.name == "skip" else torch.zeros_like(x)
 
 
@@ -137,7 +144,8 @@ def edge_index(i, j):
 
 def receptive_field(edges, cells=1):
     """How many items the output of `cells` cells depends on; 0 if no node is reached by the cell's input."""
-    back = {o: taps[0] for o, taps in TAPS.items()} | {"avg_pool": POOL - 1, "max_pool": POOL - 1, "skip": 0}
+    back = {"avg_pool": POOL - 1, "max_pool": POOL - 1, "skip": 0, "mean": 10**9}
+    back |= {o: taps[0] for o, taps in TAPS.items()}
     reach = [0]  # how many items back node i looks; minus infinity where nothing of the input arrives
     for row in edges:
         reach.append(max(r + back.get(o, -math.inf) for o, r in zip(row, reach, strict=True)))
@@ -148,9 +156,11 @@ def receptive_field(edges, cells=1):
 
 
 class MixedEdges(nn.Module):
-    """The edges from one node to `targets` later ones, each sum_o y_o o(x). All operations but the max pool
-    are convolutions, so their weighted sum is one, whose kernel is the weighted sum of theirs.
+    """The edges from one node to `targets` later ones, each sum_o y_o o(x). All operations but APART are
+    convolutions, so their weighted sum is one, whose kernel is the weighted sum of theirs.
     """
+
+    APART = [OPERATIONS.index("max_pool"), OPERATIONS.index("mean")]
 
     def __init__(self, dim, targets):
         super().__init__()
@@ -182,12 +192,12 @@ class MixedEdges(nn.Module):
         # no operation looks 5 or 7 items back: a convolution of even taps and one of taps 3 and 1 cost less
         linear = F.conv1d(F.pad(x, (REACH, 0)), kernel[..., ::2], bias, dilation=2)
         linear += F.conv1d(F.pad(x, (3, -1)), kernel[..., -4::2], dilation=2)
-        y_max = y[:, [OPERATIONS.index("max_pool")]].expand(len(x), -1, -1)  # [B, targets, 1]
-        with torch.set_grad_enabled(bool(y_max.any())):  # a pool that no edge has chosen passes nothing to x
-            pooled = F.max_pool1d(F.pad(x, (POOL - 1, 0)), POOL, stride=1)
-        # linear + y_max pooled, as a product of matrices, so that its gradient is one, too
-        total = torch.baddbmm(linear.view(len(x), len(y), -1), y_max, pooled.flatten(1)[:, None])
-        return total.view(len(x), len(y), *x.shape[1:])
+        y = y[:, self.APART].expand(len(x), -1, -1)  # [B, targets, 2]
+        with torch.set_grad_enabled(bool(y.any())):  # what no edge has chosen passes nothing to x
+            apart = torch.stack([F.max_pool1d(F.pad(x, (POOL - 1, 0)), POOL, stride=1), running_mean(x)], 1)
+        # linear + y apart, as a product of matrices, so that its gradient is one, too
+        total = torch.baddbmm(linear.view(*y.shape[:2], -1), y, apart.flatten(2))
+        return total.view(*y.shape[:2], *x.shape[1:])
 
 
 class MixedCell(nn.Module):
@@ -259,18 +269,22 @@ def best_edges(alpha):
 def operation_costs(dim, nodes):
     """cost(o) [|O|], float64: half its share of parameters, half its share of multiply-adds, in units of the
     dearest architecture of `nodes` nodes, all of whose edges are the dearest operation (ours). A pool counts
-    a multiply-add for each of the items it looks at, skip and none nothing.
+    a multiply-add for each of the items it looks at, the mean, a running sum, one, skip and none nothing.
     """
     kernels = [len(TAPS.get(o, ())) * dim * dim for o in OPERATIONS]
     parameters = [kernel + dim * (o in TAPS) for kernel, o in zip(kernels, OPERATIONS, strict=True)]
-    multiply_adds = [k + POOL * dim * o.endswith("pool") for k, o in zip(kernels, OPERATIONS, strict=True)]
+    looked = {"avg_pool": POOL, "max_pool": POOL, "mean": 1}
+    multiply_adds = [k + dim * looked.get(o, 0) for k, o in zip(kernels, OPERATIONS, strict=True)]
     shares = [torch.tensor(n, dtype=torch.float64) / max(n) for n in (parameters, multiply_adds)]
     return (shares[0] + shares[1]) / 2 / edge_index(0, nodes + 1)
 
 
-def cost_loss(y, costs):
-    """L_cost = sum_edges sum_o y_o cost(o), y [E, |O|], costs [|O|]."""
-    return (y * costs).sum()
+def cost_loss(p, costs):
+    """L_cost = sum_edges sum_o p_o cost(o), the expected cost at p = softmax(alpha) [E, |O|]; costs [|O|].
+
+    The paper takes the drawn y for p: the same in the mean, but its gradient is as noisy as that of L_CE.
+    """
+    return (p * costs).sum()
 
 
 # ---- L_CE and L_pred, L_emb and L_hid (as in emd_distill.py); L ------------------------------------------
@@ -351,16 +365,16 @@ def updated_weights(weights, paid, tau_w=10.0):
     return e / e.sum()
 
 
-def L(student, teacher, target, W, w, y, costs, args):
+def L(student, teacher, target, W, w, p, costs, args):
     """L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred) + beta L_cost.
 
     student: hidden [K+1, N, d_S], output [N, d_S], item_vectors [V+1, d_S]; teacher alike, or None: gamma 0;
-    target [N]; W = W_e, W_h map d_S to d_T; w = w_S [K], w_T [L_T], layer weights; y [E, |O|]; costs [|O|].
+    target [N]; W = W_e, W_h map d_S to d_T; w = w_S [K], w_T [L_T], layer weights; p [E, |O|]; costs [|O|].
     Returns L; L_CE, L_cost, L_emb, L_hid and L_pred; the flow [K, L_T]; w of the next step.
     """
     hidden, output, item_vectors = student
     hidden_T, output_T, vectors_T = teacher or (None, None, None)
-    gamma, l_cost = args.gamma if teacher else 0.0, cost_loss(y, costs)
+    gamma, l_cost = args.gamma if teacher else 0.0, cost_loss(p, costs)
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
     loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
     if not teacher:
@@ -395,7 +409,8 @@ def search(args):
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
     model = Student(last_ids[1], max_length, args.dim, cells, args.dropout).to(args.device)
     costs = operation_costs(args.dim, args.nodes).float().to(args.device)
-    alpha = nn.Parameter(torch.zeros(edge_index(0, args.nodes + 1), len(OPERATIONS), device=args.device))
+    alpha = torch.tensor([0.0 if o in args.operations else -1e9 for o in OPERATIONS], device=args.device)
+    alpha = nn.Parameter(alpha.repeat(edge_index(0, args.nodes + 1), 1))
     learned = list(model.parameters())
     if teacher:
         W = [nn.Linear(args.dim, config["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
@@ -414,15 +429,17 @@ def search(args):
             inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
             targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
             real = inputs > 0
-            y = choose(alpha, tau, args.relaxation)
+            # at first alpha waits, and y is the mixture of all: kernels learn before they are chosen among
+            waits, p = epoch <= args.alpha_warm_up, alpha.softmax(-1)
+            y = p.detach() if waits else choose(alpha, tau, args.relaxation)
             made = at_real(model(ids, inputs, y), real)
             taught = at_real(teacher(ids, inputs), real) if teacher else None
-            loss, parts, flow, w = L(made, taught, targets[real], W, w, y, costs, args)
+            loss, parts, flow, w = L(made, taught, targets[real], W, w, p, costs, args)
             count = int(real.sum())
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
             (loss * count / mean_count).backward()
-            if epoch <= args.alpha_warm_up:  # kernels must learn before they can beat a pool, which need not
+            if waits:
                 alpha.grad = None
             optimizer.step()
             total = total + count * np.array([part.item() for part in parts])
@@ -434,7 +451,7 @@ def search(args):
         edges, p = best_edges(alpha), alpha.detach().softmax(-1)
         mean = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), total / positions, strict=False)
         log += [{"epoch": epoch} | dict(mean) | {"tau": tau, "seconds": time.time() - tick}]
-        log[-1] |= {"expected_cost": cost_loss(p, costs).item(), "sure": p.max(-1).values.mean().item()}
+        log[-1] |= {"sure": p.max(-1).values.mean().item()}
         log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": np.divide(flows, positions).tolist()}
         report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
     save_student(args, derive(model, edges), edges, max_length)
@@ -445,10 +462,10 @@ def edges_text(edges):
     return ";".join(",".join(row) for row in edges)
 
 
-def random_edges(nodes, costs, cost, rng):
+def random_edges(nodes, operations, costs, cost, rng):
     """Uniformly drawn edges of a cost within 10 % of `cost`, or of any cost if that is NaN; costs [|O|]."""
     for _ in range(100_000):
-        drawn = rng.integers(len(OPERATIONS), size=edge_index(0, nodes + 1))
+        drawn = rng.choice([OPERATIONS.index(o) for o in operations], edge_index(0, nodes + 1))
         edges = best_edges(np.eye(len(OPERATIONS))[drawn])
         if not abs(costs[drawn].sum() - cost) > cost / 10 and receptive_field(edges):  # no cost: NaN, never >
             return edges
@@ -477,7 +494,8 @@ def save_student(args, student, edges, max_length):
     save_model(args, out, program, student, None, **config)
     write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
     cost = operation_costs(dim, len(edges))[[OPERATIONS.index(o) for row in edges for o in row]].sum()
-    print(f"{args.out}: {edges_text(edges)}; cost {cost:.3f}, sees {receptive_field(edges, cells)} items")
+    sees = min(receptive_field(edges, cells), max_length)
+    print(f"{args.out}: {edges_text(edges)}; cost {cost:.3f}, sees {sees} items")
 
 
 def build(args):
@@ -488,7 +506,8 @@ def build(args):
         cells, dim, edges = read_architecture(args.architecture)
     else:
         costs = operation_costs(dim, args.nodes).numpy()
-        edges = random_edges(args.nodes, costs, args.random, np.random.default_rng(args.seed))
+        rng = np.random.default_rng(args.seed)
+        edges = random_edges(args.nodes, args.operations, costs, args.random, rng)
     item_count = int(read_interactions(args.data)[2].max())
     student = Student(item_count, max_length, dim, [Cell(dim, edges) for _ in range(cells)], args.dropout)
     save_student(args, student, edges, max_length)
@@ -631,7 +650,7 @@ def report(out, log, left, began, mark=""):
     """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
     figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
     minutes = (time.time() - began) / len(log) * left / 60
-    print(f"epoch {len(log):3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
+    print(f"epoch {log[-1]['epoch']:3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
     write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 
@@ -655,21 +674,22 @@ def main(argv=None):
     add("--cells", type=int, default=4, help="K: cells, one architecture, weights of their own")
     add("--nodes", type=int, default=3, help="N: nodes of a cell behind its input")
     add("--dim", type=int, default=64, help="d_S: size of hidden states and item vectors")
+    add("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="O: what an edge may be")
     add("--max-length", type=int, help="most recent items that the student sees; the teacher's, or 50")
     add("--dropout", type=float, default=0.2, help="share of units dropped before and after the cells")
     add("--gamma", type=float, default=0.5, help="weight of L_emb + L_hid + L_pred; 1 - gamma of L_CE")
     add("--beta", type=float, default=0.3, help="weight of L_cost, which is 1 for the dearest architecture")
     add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="drawn, or DARTS's mixture")
     add("--alpha-learning-rate", type=float, default=5e-2, help="of AdamW on alpha; 2e-5 as published")
-    add("--alpha-warm-up", type=int, default=10, help="epochs in which alpha waits and all is drawn alike")
+    add("--alpha-warm-up", type=int, default=10, help="epochs in which alpha waits, y mixes all operations")
     add("--learning-rate", type=float, default=5e-3, help="of AdamW on the weights")
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not 0 <= args.gamma <= 1 or args.epochs < 1 or not args.out.endswith(".json"):
-        parser.error("--gamma must lie in [0, 1], --epochs be 1 or more, --out end in .json")
+    if not 0 <= args.gamma <= 1 or args.epochs <= args.alpha_warm_up or not args.out.endswith(".json"):
+        parser.error("--gamma must lie in [0, 1], --epochs be above --alpha-warm-up, --out end in .json")
     try:
         build(args) if args.architecture or args.random is not None else search(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -150,6 +150,19 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
     return loss + (weight_ce * l_ce + weight_pred * l_pred - loss.detach()).to(loss), l_ce, l_pred
 
 
+def fit(W, hidden, hidden_T):
+    """Start W = W_e, W_h at the least squares of a batch, hidden [L_S+1, N, d_S] to hidden_T [L_T+1, N, d_T],
+    layers one-to-one. Ours: random projections would tear at a student that has learnt already.
+    """
+    one_to_one = fixed_flow("one-to-one", len(hidden) - 1, len(hidden_T) - 1).argmax(1) + 1
+    pairs = (hidden[:1], hidden_T[:1]), (hidden[1:], hidden_T[one_to_one])
+    for projection, (H, H_T) in zip(W, pairs, strict=True):
+        X = F.pad(H, (0, 1), value=1.0).flatten(0, 1).cpu()  # a column of ones for the bias
+        solution = torch.linalg.lstsq(X, H_T.flatten(0, 1).cpu()).solution
+        projection.weight.data.copy_(solution[:-1].T)
+        projection.bias.data.copy_(solution[-1])
+
+
 def L(student, teacher, target, W, w, args):
     """L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred).
 
@@ -223,9 +236,9 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     best, log, contract = None, [], {key: config.get(key) for key in ("items", "max_length", "architecture")}
-    for epoch in range(1, args.epochs + 1):
+    for epoch in range(args.epochs + 1):  # in epoch 0 the student is judged as it came
         total, flows, positions, tick = 0, 0, 0, time.time()
-        batches = batches_of_like_length(end - begin, args.batch_size, rng)
+        batches = batches_of_like_length(end - begin, args.batch_size, rng) if epoch else []
         for step, batch in enumerate(batches, 1):
             ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
             inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
@@ -233,6 +246,8 @@ def train(args):
             real = inputs > 0
             taught = at_real(teacher(ids, inputs), real) if teacher else None
             made = at_real(student(ids, inputs), real)
+            if teacher and epoch == step == 1:
+                fit(W, made[0].detach(), taught[0])
             loss, parts, flow, w = L(made, taught, targets[real], W, w, args)
             count = int(real.sum())
             optimizer.zero_grad()
@@ -246,19 +261,26 @@ def train(args):
                 sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
-        mean = dict(zip(("L_CE", "L_emb", "L_hid", "L_pred"), total / positions, strict=False))
+        log += [{"epoch": epoch}]
+        if epoch:
+            log[-1] |= zip(("L_CE", "L_emb", "L_hid", "L_pred"), total / positions, strict=False)
+            log[-1]["flow"] = np.divide(flows, positions).tolist()
         hr, ndcg = validate(judge, user_ids, starts, items, judged, max_length, args.device)
-        log += [{"epoch": epoch} | mean | {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick}]
-        log[-1]["flow"] = np.divide(flows, positions).tolist()
+        log[-1] |= {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick}
         if best is None or ndcg > best["NDCG@10"]:
             best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-            save_model(args, args.out, program, student, best, **contract)
+            if epoch:
+                save_model(args, args.out, program, student, best, **contract)
         left = min(args.epochs, best["epoch"] + args.patience) - epoch
         report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
-    if teacher and best:
-        flow = np.round(log[best["epoch"] - 1]["flow"], 3)
+    if best["epoch"] == 0:  # none was better than the start, which is there again
+        program, _ = load_model(args.student, *last_ids, args.data)
+        with_dropout(program.graph_module, False)
+        save_model(args, args.out, program, program.module(), best, **contract)
+    elif teacher:
+        flow = np.round(log[best["epoch"]]["flow"], 3)
         print("flow, student layers down, teacher layers across:", flow, sep="\n")
 
 
@@ -418,7 +440,7 @@ def report(out, log, left, began, mark=""):
     """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
     figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
     minutes = (time.time() - began) / len(log) * left / 60
-    print(f"epoch {len(log):3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
+    print(f"epoch {log[-1]['epoch']:3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
     write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 

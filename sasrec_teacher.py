@@ -361,7 +361,7 @@ def report(out, log, left, began, mark=""):
     """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
     figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
     minutes = (time.time() - began) / len(log) * left / 60
-    print(f"epoch {len(log):3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
+    print(f"epoch {log[-1]['epoch']:3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
     write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 

@@ -41,6 +41,7 @@ def test_the_log_has_a_line_an_epoch(scene):
 def test_all_four_stages_end_in_one_table(scene):
     data, teacher, best = scene
     folder, shape = teacher.parent, ["--cells", 2, "--nodes", 1, "--dim", 32, "--epochs", 6, "--beta", 0.1]
+    shape += ["--alpha-warm-up", 2]
     run("adarec_search.py", data, "--teacher", teacher, "--out", folder / "searched.json", *shape)
     learned = ["--teacher", teacher, "--student", folder / "searched.pt2"]
     run("emd_distill.py", data, *learned, "--out", folder / "student.pt2", "--epochs", 4)

@@ -362,8 +362,9 @@ def test_search_finds_an_operation_that_reaches_the_lag(tmp_path, lag):
     assert lag in BACK[operation] and log[-1]["sure"] > log[0]["sure"]
 
 
-def test_cost_decides_where_accuracy_does_not(tmp_path):
-    assert searched(tmp_path, 0, 0.3)[0] in {"skip", "avg_pool", "max_pool"}
+def test_cost_is_weighed_against_accuracy(tmp_path):
+    # trained alone, conv3 reaches an L_CE 0.54 below that of skip, and costs 0.6 beta more
+    assert "conv" in searched(tmp_path, 0, 0.3)[0] and searched(tmp_path, 0, 1.5)[0] in {"skip", "avg_pool"}
     operation, log = searched(tmp_path, 4, 1000)
     assert operation in {"skip", "none"} and log[-1]["L_cost"] < 0.05
 

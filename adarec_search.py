@@ -679,7 +679,7 @@ def main(argv=None):
     add("--dropout", type=float, default=0.2, help="share of units dropped before and after the cells")
     add("--gamma", type=float, default=0.5, help="weight of L_emb + L_hid + L_pred; 1 - gamma of L_CE")
     add("--beta", type=float, default=0.3, help="weight of L_cost, which is 1 for the dearest architecture")
-    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="drawn, or DARTS's mixture")
+    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="softmax falls to `none`")
     add("--alpha-learning-rate", type=float, default=5e-2, help="of AdamW on alpha; 2e-5 as published")
     add("--alpha-warm-up", type=int, default=10, help="epochs in which alpha waits, y mixes all operations")
     add("--learning-rate", type=float, default=5e-3, help="of AdamW on the weights")

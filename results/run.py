@@ -38,48 +38,52 @@ SCENES = {
         "train": "--learning-rate 2e-3 --batch-size 128 --epochs 10",
     },
     "beauty": {
-        "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 20 --patience 3",
+        "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 8",
         "finish": "--learning-rate 1e-3 --batch-size 128 --epochs 3",
         "search": "--batch-size 128 --beta 0.03 --epochs 14 --alpha-warm-up 5 --learning-rate 2e-3",
         "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8",
     },
 }
 SHAPE = "--cells 2 --nodes 2 --dim 64"
-TAUGHT = {"emd": "", "one-to-one": "--mapping one-to-one", "last": "--mapping last"}
+TAUGHT = {"alone": "", "emd": "", "one-to-one": "--mapping one-to-one", "last": "--mapping last"}
 
 
-def adarec(data):
-    """Name, and commands of each run; `runs` is the folder of its models."""
-    runs = "runs/adarec"
-    for scene, s in SCENES.items():
-        d = f"{data}/{scene}.txt"
-        teacher, search = f"{runs}/{scene}-teacher.pt2", f"{runs}/{scene}-search"
-        yield f"{scene}-teacher-constant", [f"sasrec_teacher.py {d} {s['teacher']}"]
-        finish = f"--student {runs}/{scene}-teacher-constant.pt2 {s['finish']} --final-rate 0"
-        yield f"{scene}-teacher", [f"emd_distill.py {d} {finish}"]
-        yield f"{scene}-search", [f"adarec_search.py {d} --teacher {teacher} {SHAPE} {s['search']}"]
+def student(scene, name, data, architecture, seed, options):
+    """Name and commands of a student of `architecture` that starts from random weights."""
+    length = "--max-length 200" if scene == "ml-1m" else ""
+    start = f"runs/adarec/{scene}-{name}-{seed}-start"
+    build = f"adarec_search.py {data} --architecture {architecture} {length} --seed {seed} --out {start}.json"
+    train = (
+        f"emd_distill.py {data} --student {start}.pt2 {SCENES[scene]['train']} --final-rate 0 --patience 99"
+    )
+    return f"{scene}-{name}-{seed}", [build, f"{train} --seed {seed} {options}"]
 
-        length = "--max-length 200" if scene == "ml-1m" else ""
 
-        def train(name, start, seed, options, d=d, s=s, runs=runs, length=length):
-            start = f"adarec_search.py {d} {start} {length} --seed {seed} --out {runs}/{name}-start.json"
-            train = f"emd_distill.py {d} --student {runs}/{name}-start.pt2 {s['train']} --final-rate 0"
-            return name, [start, f"{train} --patience 99 {options} --seed {seed}"]
-
-        own = f"--architecture {search}.json"
+def adarec(folder):
+    """Name and commands of each run, in order: a later one may read what an earlier one found."""
+    for scene, options in SCENES.items():
+        data, runs = f"{folder}/{scene}.txt", f"runs/adarec/{scene}"
+        yield f"{scene}-teacher-constant", [f"sasrec_teacher.py {data} {options['teacher']}"]
+        finish = f"--student {runs}-teacher-constant.pt2 {options['finish']} --final-rate 0"
+        yield f"{scene}-teacher", [f"emd_distill.py {data} {finish}"]
+        teacher = f"--teacher {runs}-teacher.pt2"
+        yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {SHAPE} {options['search']}"]
         for seed in range(3):
-            yield train(f"{scene}-alone-{seed}", own, seed, "")
             for name, mapping in TAUGHT.items():
-                if scene != "beauty" or name == "emd":
-                    yield train(f"{scene}-{name}-{seed}", own, seed, f"--teacher {teacher} {mapping}")
+                if scene != "beauty" or name in ("alone", "emd"):
+                    taught = "" if name == "alone" else f"{teacher} {mapping}"
+                    yield student(scene, name, data, f"{runs}-search.json", seed, taught)
         cost = figures("adarec", f"{scene}-search").get("cost", "COST")
         for k in range(5):
-            yield f"{scene}-random-{k}", [f"adarec_search.py {d} {SHAPE} --random {cost} --seed {k} {length}"]
-        others = {f"random-{k}": f"{scene}-random-{k}" for k in range(5)}
-        others |= {f"from-{other}": f"{other}-search" for other in SCENES if other != scene}
-        for name, architecture in others.items():
+            draw = f"--random {cost} --seed {k}" + " --max-length 200" * (scene == "ml-1m")
+            yield f"{scene}-random{k}", [f"adarec_search.py {data} {SHAPE} {draw}"]
             for seed in range(2):
-                yield train(f"{scene}-{name}-{seed}", f"--architecture {runs}/{architecture}.json", seed, "")
+                yield student(scene, f"chance{k}", data, f"{runs}-random{k}.json", seed, "")
+    for scene in SCENES:  # once all are searched
+        for other in SCENES:
+            for seed in range(2 * (scene != other)):
+                found = f"runs/adarec/{other}-search.json"
+                yield student(scene, f"from-{other}", f"{folder}/{scene}.txt", found, seed, "")
 
 
 def planted(data):
@@ -137,6 +141,19 @@ def make(claim, name, commands, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{name}: {found['seconds'] / 60:.1f} min, test {found['test']}", flush=True)
+
+
+def judge(model, data):
+    """What evaluate.py says of a model: accuracy in both splits, and size."""
+    found = {}
+    for split in ("valid", "test"):
+        command = ["evaluate.py", data, model, "--split", split, "--json"]
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        report = json.loads(done.stdout)[0]
+        found[split] = {key: report[key] for key in ("HR@10", "NDCG@10")}
+    return found | {key: report[key] for key in ("parameters_without_embeddings", "macs")}
 
 
 def threads():

@@ -28,23 +28,25 @@ SCENES = {
     "ml-1m": {
         "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 16",
         "finish": "--learning-rate 1e-3 --epochs 8",
-        "search": "--batch-size 64 --beta 0.03 --epochs 14 --alpha-warm-up 5 --learning-rate 2e-3",
-        "train": "--learning-rate 2e-3 --epochs 28",
+        "shape": "--cells 2 --nodes 2 --dim 96",
+        "search": "--dropout 0 --batch-size 64 --beta 0.1 --epochs 12 --alpha-warm-up 4 --learning-rate 2e-3",
+        "train": "--learning-rate 2e-3 --dropout 0 --epochs 12",
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 20 --patience 3",
         "finish": "--learning-rate 1e-3 --batch-size 128 --epochs 4",
-        "search": "--batch-size 128 --beta 0.03 --epochs 14 --alpha-warm-up 5 --learning-rate 2e-3",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 10",
+        "shape": "--cells 2 --nodes 2 --dim 64",
+        "search": "--batch-size 128 --beta 0.03 --epochs 10 --alpha-warm-up 4 --learning-rate 2e-3",
+        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 6",
     },
     "beauty": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 8",
         "finish": "--learning-rate 1e-3 --batch-size 128 --epochs 3",
-        "search": "--batch-size 128 --beta 0.03 --epochs 14 --alpha-warm-up 5 --learning-rate 2e-3",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8",
+        "shape": "--cells 2 --nodes 2 --dim 64",
+        "search": "--batch-size 128 --beta 0.03 --epochs 10 --alpha-warm-up 4 --learning-rate 2e-3",
+        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 4",
     },
 }
-SHAPE = "--cells 2 --nodes 2 --dim 64"
 TAUGHT = {"alone": "", "emd": "", "one-to-one": "--mapping one-to-one", "last": "--mapping last"}
 
 
@@ -59,6 +61,16 @@ def student(scene, name, data, architecture, seed, options):
     return f"{scene}-{name}-{seed}", [build, f"{train} --seed {seed} {options}"]
 
 
+def moved(scene, other):
+    """An architecture file with the edges that were found on `other` and the width of `scene`."""
+    files = [ROOT / f"runs/adarec/{name}-search.json" for name in (scene, other)]
+    path = f"runs/adarec/{scene}-from-{other}.json"
+    if all(file.exists() for file in files):
+        mine, theirs = (json.loads(file.read_text()) for file in files)
+        (ROOT / path).write_text(json.dumps(theirs | {"dim": mine["dim"]}))
+    return path
+
+
 def adarec(folder):
     """Name and commands of each run, in order: a later one may read what an earlier one found."""
     for scene, options in SCENES.items():
@@ -67,7 +79,7 @@ def adarec(folder):
         finish = f"--student {runs}-teacher-constant.pt2 {options['finish']} --final-rate 0"
         yield f"{scene}-teacher", [f"emd_distill.py {data} {finish}"]
         teacher = f"--teacher {runs}-teacher.pt2"
-        yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {SHAPE} {options['search']}"]
+        yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {options['shape']} {options['search']}"]
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 if scene != "beauty" or name in ("alone", "emd"):
@@ -76,13 +88,13 @@ def adarec(folder):
         cost = figures("adarec", f"{scene}-search").get("cost", "COST")
         for k in range(5):
             draw = f"--random {cost} --seed {k}" + " --max-length 200" * (scene == "ml-1m")
-            yield f"{scene}-random{k}", [f"adarec_search.py {data} {SHAPE} {draw}"]
+            yield f"{scene}-random{k}", [f"adarec_search.py {data} {options['shape']} {draw}"]
             for seed in range(2):
                 yield student(scene, f"chance{k}", data, f"{runs}-random{k}.json", seed, "")
     for scene in SCENES:  # once all are searched
         for other in SCENES:
+            found = moved(scene, other)
             for seed in range(2 * (scene != other)):
-                found = f"runs/adarec/{other}-search.json"
                 yield student(scene, f"from-{other}", f"{folder}/{scene}.txt", found, seed, "")
 
 

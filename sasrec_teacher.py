@@ -165,7 +165,9 @@ def train(args):
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
     print(f"{len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; on {args.device}")
-    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)  # positions a batch
+    steps = math.ceil(len(users) / args.batch_size)
+    mean_count = (end - begin - 1).sum() / steps  # positions a batch
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
     best, log, contract = None, [], {"items": item_count, "max_length": args.max_length}
     if args.epochs == 0:
@@ -192,11 +194,12 @@ def train(args):
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
             (loss * count / mean_count).backward()
             optimizer.step()
+            schedule.step()
             total, positions = total + loss.item() * count, positions + count
             if not math.isfinite(total):
                 sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
             if sys.stdout.isatty():
-                print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
+                print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
         seconds = time.time() - tick
         hr, ndcg = validate(model.eval(), user_ids, starts, items, judged, args.max_length, args.device)
         log += [{"epoch": epoch, "loss": total / positions, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
@@ -387,6 +390,7 @@ def main(argv=None):
     add("--loss", choices=LOSSES, default="ce", help=losses)
     add("--negatives", type=int, help="k: uniform negatives; 1 with bce, 256 with sampled if not given")
     add("--learning-rate", type=float, default=1e-3, help="of Adam, whose beta_2 is 0.98")
+    add("--final-rate", type=float, default=1.0, help="share of --learning-rate at the end, reached evenly")
     add("--batch-size", type=int, default=128, help="users a step")
     add("--epochs", type=int, default=200, help="passes over all users, at most; 0 writes an untrained model")
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")

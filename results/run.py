@@ -23,25 +23,22 @@ RUNS = ROOT / "results" / "runs"
 
 # ---- AdaRec: a student that is smaller, faster and as good; made for its scene ---------------------------
 
-# per scene: SASRec as the teacher, its last epochs at a falling rate, the search, a student's training
+# per scene: SASRec as the teacher, the search, a student's training; all rates fall to 0
 SCENES = {
     "ml-1m": {
-        "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 16",
-        "finish": "--learning-rate 1e-3 --epochs 8",
+        "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 10",
         "shape": "--cells 2 --nodes 2 --dim 96",
         "search": "--dropout 0 --batch-size 64 --beta 0.1 --epochs 12 --alpha-warm-up 4 --learning-rate 2e-3",
         "train": "--learning-rate 2e-3 --dropout 0 --epochs 12",
     },
     "games": {
-        "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 20 --patience 3",
-        "finish": "--learning-rate 1e-3 --batch-size 128 --epochs 4",
+        "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 20",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.03 --epochs 10 --alpha-warm-up 4 --learning-rate 2e-3",
         "train": "--learning-rate 2e-3 --batch-size 128 --epochs 6",
     },
     "beauty": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --epochs 8",
-        "finish": "--learning-rate 1e-3 --batch-size 128 --epochs 3",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.03 --epochs 10 --alpha-warm-up 4 --learning-rate 2e-3",
         "train": "--learning-rate 2e-3 --batch-size 128 --epochs 4",
@@ -75,9 +72,8 @@ def adarec(folder):
     """Name and commands of each run, in order: a later one may read what an earlier one found."""
     for scene, options in SCENES.items():
         data, runs = f"{folder}/{scene}.txt", f"runs/adarec/{scene}"
-        yield f"{scene}-teacher-constant", [f"sasrec_teacher.py {data} {options['teacher']}"]
-        finish = f"--student {runs}-teacher-constant.pt2 {options['finish']} --final-rate 0"
-        yield f"{scene}-teacher", [f"emd_distill.py {data} {finish}"]
+        falling = "--final-rate 0 --patience 99"
+        yield f"{scene}-teacher", [f"sasrec_teacher.py {data} {options['teacher']} {falling}"]
         teacher = f"--teacher {runs}-teacher.pt2"
         yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {options['shape']} {options['search']}"]
         for seed in range(3):

@@ -322,6 +322,24 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
     return loss + (weight_ce * l_ce + weight_pred * l_pred - loss.detach()).to(loss), l_ce, l_pred
 
 
+def sampled_item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred, negatives):
+    """`item_losses` for many items: p and q are softmaxes over the target and `negatives` [k] alone, which a
+    batch shares. A negative that is the position's target is left out there.
+    """
+
+    def log_softmax(output, vectors):  # the target first: [N, 1 + k]
+        own = (output * F.embedding(target, vectors)).sum(1, keepdim=True)
+        others = output @ F.embedding(negatives, vectors).T
+        return torch.cat([own, others.masked_fill(target[:, None] == negatives, -1e9)], 1).log_softmax(1)
+
+    log_p = log_softmax(output, item_vectors)
+    l_ce, l_pred = -log_p[:, 0].mean(), log_p.new_zeros(())
+    if weight_pred:
+        log_q = log_softmax(output_T, vectors_T)
+        l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+    return weight_ce * l_ce + weight_pred * l_pred, l_ce.detach(), l_pred.detach()
+
+
 def kl_distances(student, teacher):
     """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T];
     student [L_S, N, d_T], already projected, and teacher [L_T, N, d_T].
@@ -365,18 +383,21 @@ def updated_weights(weights, paid, tau_w=10.0):
     return e / e.sum()
 
 
-def L(student, teacher, target, W, w, p, costs, args):
+def L(student, teacher, target, negatives, W, w, p, costs, args):
     """L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred) + beta L_cost.
 
     student: hidden [K+1, N, d_S], output [N, d_S], item_vectors [V+1, d_S]; teacher alike, or None: gamma 0;
-    target [N]; W = W_e, W_h map d_S to d_T; w = w_S [K], w_T [L_T], layer weights; p [E, |O|]; costs [|O|].
-    Returns L; L_CE, L_cost, L_emb, L_hid and L_pred; the flow [K, L_T]; w of the next step.
+    target [N]; negatives [k] or None, all items; W = W_e, W_h map d_S to d_T; w = w_S [K], w_T [L_T], layer
+    weights; p [E, |O|]; costs [|O|]. Returns L; L_CE, L_cost, L_emb, L_hid, L_pred; the flow [K, L_T]; w of
+    the next step.
     """
     hidden, output, item_vectors = student
     hidden_T, output_T, vectors_T = teacher or (None, None, None)
     gamma, l_cost = args.gamma if teacher else 0.0, cost_loss(p, costs)
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
-    loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
+    scored = output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma
+    losses = item_losses(*scored) if negatives is None else sampled_item_losses(*scored, negatives)
+    loss, l_ce, l_pred = losses
     if not teacher:
         return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
     l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
@@ -399,7 +420,7 @@ def search(args):
     rng = np.random.default_rng(args.seed)
     user_ids, starts, items = read_interactions(args.data)
     last_ids, max_length = (int(user_ids.max()), int(items.max())), args.max_length or 50
-    teacher, W, w = None, None, None
+    teacher, answers, W, w = None, {}, None, None
     if args.teacher and args.gamma > 0:
         program, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
         teacher = program.module().requires_grad_(False).to(args.device)
@@ -433,8 +454,11 @@ def search(args):
             waits, p = epoch <= args.alpha_warm_up, alpha.softmax(-1)
             y = p.detach() if waits else choose(alpha, tau, args.relaxation)
             made = at_real(model(ids, inputs, y), real)
-            taught = at_real(teacher(ids, inputs), real) if teacher else None
-            loss, parts, flow, w = L(made, taught, targets[real], W, w, p, costs, args)
+            negatives = None
+            if args.negatives:
+                negatives = torch.from_numpy(rng.integers(1, last_ids[1] + 1, args.negatives)).to(args.device)
+            taught = ask(teacher, ids, inputs, batch, answers if args.remember else {}) if teacher else None
+            loss, parts, flow, w = L(made, taught, targets[real], negatives, W, w, p, costs, args)
             count = int(real.sum())
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
@@ -517,6 +541,20 @@ def at_real(made, real):
     """hidden [L+1, N, d], output [N, e] and item vectors of a batch, of its N real positions alone."""
     hidden, output, item_vectors = made
     return hidden[:, real], output[real], item_vectors
+
+
+def ask(teacher, ids, inputs, batch, answers):
+    """The teacher's hidden states, output and item vectors at the real positions of the users `batch`.
+
+    They never change: what `answers` has of an earlier epoch is taken from there, what it lacks is added.
+    """
+    if batch[0] not in answers:
+        real = inputs > 0
+        hidden, output, answers["item_vectors"] = at_real(teacher(ids, inputs), real)
+        lengths = real.sum(1).tolist()
+        answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
+    hidden, output = zip(*(answers[user] for user in batch), strict=True)
+    return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -685,6 +723,8 @@ def main(argv=None):
     add("--learning-rate", type=float, default=5e-3, help="of AdamW on the weights")
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users")
+    add("--negatives", type=int, default=0, help="k: items that a batch's losses are of; 0: all items")
+    add("--remember", action="store_true", help="keep the teacher's answers: faster from epoch 2 on")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)

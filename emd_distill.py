@@ -150,6 +150,24 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
     return loss + (weight_ce * l_ce + weight_pred * l_pred - loss.detach()).to(loss), l_ce, l_pred
 
 
+def sampled_item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred, negatives):
+    """`item_losses` for many items: p and q are softmaxes over the target and `negatives` [k] alone, which a
+    batch shares. A negative that is the position's target is left out there.
+    """
+
+    def log_softmax(output, vectors):  # the target first: [N, 1 + k]
+        own = (output * F.embedding(target, vectors)).sum(1, keepdim=True)
+        others = output @ F.embedding(negatives, vectors).T
+        return torch.cat([own, others.masked_fill(target[:, None] == negatives, -1e9)], 1).log_softmax(1)
+
+    log_p = log_softmax(output, item_vectors)
+    l_ce, l_pred = -log_p[:, 0].mean(), log_p.new_zeros(())
+    if weight_pred:
+        log_q = log_softmax(output_T, vectors_T)
+        l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+    return weight_ce * l_ce + weight_pred * l_pred, l_ce.detach(), l_pred.detach()
+
+
 def fit(W, hidden, hidden_T):
     """Start W = W_e, W_h at the least squares of a batch, hidden [L_S+1, N, d_S] to hidden_T [L_T+1, N, d_T],
     layers one-to-one. Ours: random projections would tear at a student that has learnt already.
@@ -163,18 +181,20 @@ def fit(W, hidden, hidden_T):
         projection.bias.data.copy_(solution[-1])
 
 
-def L(student, teacher, target, W, w, args):
+def L(student, teacher, target, negatives, W, w, args):
     """L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred).
 
     student: hidden [L_S+1, N, d_S], output [N, e], item_vectors [V+1, e]; teacher alike, or None: L = L_CE;
-    target [N]; W = W_e, W_h map d_S to d_T; w = w_S [L_S], w_T [L_T], layer weights. Returns L; L_CE, L_emb,
-    L_hid and L_pred; the flow [L_S, L_T]; w of the next step.
+    target [N]; negatives [k] or None, all items; W = W_e, W_h map d_S to d_T; w = w_S [L_S], w_T [L_T], layer
+    weights. Returns L; L_CE, L_emb, L_hid, L_pred; the flow [L_S, L_T]; w of the next step.
     """
     hidden, output, item_vectors = student
     hidden_T, output_T, vectors_T = teacher or (None, None, None)
     gamma = args.gamma if teacher else 0.0
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
-    loss, l_ce, l_pred = item_losses(output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma)
+    scored = output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma
+    losses = item_losses(*scored) if negatives is None else sampled_item_losses(*scored, negatives)
+    loss, l_ce, l_pred = losses
     if not teacher:
         return loss, [l_ce], np.zeros(0), w
     l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
@@ -207,6 +227,20 @@ def at_real(made, real):
     return hidden[:, real], output[real], item_vectors
 
 
+def ask(teacher, ids, inputs, batch, answers):
+    """The teacher's hidden states, output and item vectors at the real positions of the users `batch`.
+
+    They never change: what `answers` has of an earlier epoch is taken from there, what it lacks is added.
+    """
+    if batch[0] not in answers:
+        real = inputs > 0
+        hidden, output, answers["item_vectors"] = at_real(teacher(ids, inputs), real)
+        lengths = real.sum(1).tolist()
+        answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
+    hidden, output = zip(*(answers[user] for user in batch), strict=True)
+    return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
+
+
 def train(args):
     """Train the student, stop early, write the model file and its log."""
     began = time.time()
@@ -222,7 +256,7 @@ def train(args):
     judge = program.module().to(args.device)
 
     torch.manual_seed(args.seed)
-    learned, teacher, W, w = list(student.parameters()), None, None, None
+    learned, teacher, answers, W, w = list(student.parameters()), None, {}, None, None
     if args.teacher and args.gamma > 0:
         taught_by, config_T = load_model(args.teacher, *last_ids, args.data, max_length, layers=1)
         teacher = taught_by.module().requires_grad_(False).to(args.device)
@@ -244,11 +278,14 @@ def train(args):
             inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
             targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
             real = inputs > 0
-            taught = at_real(teacher(ids, inputs), real) if teacher else None
+            negatives = None
+            if args.negatives:
+                negatives = torch.from_numpy(rng.integers(1, last_ids[1] + 1, args.negatives)).to(args.device)
+            taught = ask(teacher, ids, inputs, batch, answers if args.remember else {}) if teacher else None
             made = at_real(student(ids, inputs), real)
             if teacher and epoch == step == 1:
                 fit(W, made[0].detach(), taught[0])
-            loss, parts, flow, w = L(made, taught, targets[real], W, w, args)
+            loss, parts, flow, w = L(made, taught, targets[real], negatives, W, w, args)
             count = int(real.sum())
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
@@ -469,6 +506,8 @@ def main(argv=None):
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users, at most")
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
+    add("--negatives", type=int, default=0, help="k: items that a batch's losses are of; 0: all items")
+    add("--remember", action="store_true", help="keep the teacher's answers: faster from epoch 2 on")
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)

@@ -33,13 +33,21 @@ def test_what_scripts_share_is_there():
     has = {script: definitions(script).keys() for script in SCRIPTS}
     reading = {"read_interactions", "leave_one_out", "pad_batch", "rank_of_target", "sha256_of", "Help"}
     training = {"training_part", "batches_of_like_length", "save_model", "report", "write"}
-    layers = {"item_losses", "kl_distances", "transport", "emd_loss", "updated_weights"}
+    layers = {
+        "item_losses",
+        "sampled_item_losses",
+        "ask",
+        "kl_distances",
+        "transport",
+        "emd_loss",
+        "updated_weights",
+    }
     assert not any(has["prepare"] & has[script] - {"write"} for script in has.keys() - {"prepare"})
     assert all(reading <= has[script] for script in has.keys() - {"prepare", "adarec_search"})
     assert all(training <= has[script] for script in has.keys() - {"prepare", "evaluate"})
     assert all("validate" in has[script] for script in has.keys() - {"prepare", "evaluate", "adarec_search"})
     assert all("load_model" in has[script] for script in has.keys() - {"prepare", "sasrec_teacher"})
-    assert layers <= has["adarec_search"] & has["emd_distill"]
+    assert layers | {"ask", "at_real"} <= has["adarec_search"] & has["emd_distill"]
     assert {"draw_negatives", "seen_in_training"} <= has["sasrec_teacher"] & has["bidirectional_distill"]
 
 

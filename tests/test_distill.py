@@ -250,7 +250,20 @@ def flow_between(w_S, w_T, D, mapping):
     return np.stack([first, w_T - first])
 
 
-def replay(student, share, teacher, histories, distance, mapping):
+def divergences(output, vectors, target, output_T, vectors_T, negatives):
+    """L_CE and L_pred, position after position, among the target and the other ones of `negatives`."""
+    sums = torch.zeros(2)
+    for n, own in enumerate(target.tolist()):
+        items = [own, *(j for j in negatives if j != own)]
+        p = (output[n] @ vectors[items].T).softmax(0)
+        sums = sums + torch.stack([-p[0].log(), torch.zeros(())])
+        if output_T is not None:
+            q = (output_T[n] @ vectors_T[items].T).softmax(0)
+            sums = sums + torch.stack([torch.zeros(()), (q * (q / p).log()).sum()])
+    return sums / len(target)
+
+
+def replay(student, share, teacher, histories, distance, mapping, drawn):
     """What the script is to do, in formulas and with nothing of it but its batches.
 
     Returns HR@10, NDCG@10, the losses and the flow of each epoch, the best epoch and its weights.
@@ -273,13 +286,13 @@ def replay(student, share, teacher, histories, distance, mapping):
             inputs = torch.nn.utils.rnn.pad_sequence([windows[n][:-1] for n in batch], batch_first=True)
             b, t = inputs.nonzero(as_tuple=True)  # the real positions, history after history
             H, output, vectors = student(ids, inputs)
-            H, log_p = H[:, b, t], (output[b, t] @ vectors[1:].T).log_softmax(1)
             target = torch.cat([windows[n][1:] for n in batch])
-            parts, flow = [-log_p[range(len(b)), target - 1].mean()], np.zeros((2, 3))
-            loss = parts[0]
+            negatives = rng.integers(1, ITEMS + 1, drawn).tolist() if drawn else range(1, ITEMS + 1)
+            made, taught, H = (output[b, t], vectors), (None, None), H[:, b, t]
+            flow = np.zeros((2, 3))
             if teacher:
                 H_T, output, vectors = (x.detach() for x in teacher(ids, inputs))
-                H_T, log_q = H_T[:, b, t], (output[b, t] @ vectors[1:].T).log_softmax(1)
+                H_T, taught = H_T[:, b, t], (output[b, t], vectors)
                 if k == 0:  # projections begin where they map layers one-to-one with least squares
                     for projection, X, Y in zip(W, (H[0], H[1:]), (H_T[0], H_T[2:]), strict=True):
                         X = torch.cat([X, torch.ones(*X.shape[:-1], 1)], -1).flatten(0, -2).detach()
@@ -295,9 +308,11 @@ def replay(student, share, teacher, histories, distance, mapping):
                     c_S, c_T = paid.sum(1) / w_S, paid.sum(0) / w_T
                     w_S, w_T = (np.exp(c.sum() / np.maximum(c, c.sum() / 100) / 10) for c in (c_S, c_T))
                     w_S, w_T = w_S / w_S.sum(), w_T / w_T.sum()
-                parts += [((H[0] @ W[0].weight.T + W[0].bias - H_T[0]) ** 2).mean()]
-                parts += [(torch.tensor(flow) * D).sum(), (log_q.exp() * (log_q - log_p)).sum(1).mean()]
-                loss = (1 - GAMMA) * parts[0] + GAMMA * sum(parts[1:])
+                l_emb = ((H[0] @ W[0].weight.T + W[0].bias - H_T[0]) ** 2).mean()
+                parts = [l_emb, (torch.tensor(flow) * D).sum()]
+            l_ce, l_pred = divergences(*made, target, *taught, negatives)
+            parts = [l_ce, *parts, l_pred] if teacher else [l_ce]
+            loss = (1 - GAMMA) * l_ce + GAMMA * sum(parts[1:]) if teacher else l_ce
             gradients = torch.autograd.grad(loss * len(b) / ((lengths - 1).sum() / steps), learned)
             rate, k = LR * (1 - (1 - FINAL) * k / (EPOCHS * steps)), k + 1
             with torch.no_grad():  # AdamW
@@ -319,9 +334,12 @@ def replay(student, share, teacher, histories, distance, mapping):
 
 
 @pytest.mark.parametrize("mapping", ["emd", "one-to-one", "last", None])
-@pytest.mark.parametrize("distance, on, share", [("kl", False, 0.4), ("mse", True, 0.25)])
-def test_training_is_its_formulas(write_data, write_model, tmp_path, float64, mapping, distance, on, share):
-    # `on`: exported in training mode, and with the share of dropout to keep; without a mapping, no teacher
+@pytest.mark.parametrize("distance, on, share, drawn", [("kl", False, 0.4, 0), ("mse", True, 0.25, 11)])
+def test_training_is_its_formulas(
+    write_data, write_model, tmp_path, float64, mapping, distance, on, share, drawn
+):
+    # `on`: exported in training mode, and with the share of dropout to keep; without a mapping, no teacher;
+    # `drawn`: how many negatives, if not all items, and then the teacher is asked once and remembered
     rng, out = np.random.default_rng(1), tmp_path / "new" / "student.pt2"
     histories = {50 - 3 * u: (rng.permutation(ITEMS)[: 1 + u] + 1).tolist() for u in range(13)}
     histories[1] = list(range(ITEMS, 0, -7))
@@ -330,11 +348,12 @@ def test_training_is_its_formulas(write_data, write_model, tmp_path, float64, ma
     argv = [write_data(histories), "--student", write_model(student, ITEMS, LENGTH), "--out", out]
     argv += ["--learning-rate", LR, "--final-rate", FINAL, "--weight-decay", DECAY, "--batch-size", BATCH]
     argv += ["--epochs", EPOCHS, "--patience", PATIENCE, "--seed", SEED] + ["--dropout", share] * (not on)
+    argv += ["--negatives", drawn, "--remember"] if drawn else []
     if teacher:
         argv += ["--teacher", write_model(teacher, ITEMS, LENGTH + 1, "teacher.pt2"), "--gamma", GAMMA]
         argv += ["--mapping", mapping, "--distance", distance]
     run(*argv)
-    expected, best, weights = replay(student, share, teacher, histories, distance, mapping)
+    expected, best, weights = replay(student, share, teacher, histories, distance, mapping, drawn)
     log, names = log_of(out), ["HR@10", "NDCG@10", "L_CE", *["L_emb", "L_hid", "L_pred"] * bool(teacher)]
     for line, row in zip(log, expected, strict=True):
         found = [line.get(name, 0) for name in names] + np.ravel(line.get("flow") or [0] * 6).tolist()

@@ -263,8 +263,12 @@ def layer_weights(w, paid):
     return special.softmax(cost.sum() / np.maximum(cost, cost.sum() / 100) / 10)
 
 
-@pytest.mark.parametrize("relaxation, gamma", [("softmax", 0.35), ("softmax", 1.0), ("gumbel", 0)])
-def test_whole_search_is_the_papers_equations(float64, write_data, write_gru, tmp_path, relaxation, gamma):
+@pytest.mark.parametrize(
+    "relaxation, gamma, drawn", [("softmax", 0.35, 0), ("softmax", 1.0, 9), ("gumbel", 0, 0)]
+)
+def test_whole_search_is_the_papers_equations(
+    float64, write_data, write_gru, tmp_path, relaxation, gamma, drawn
+):
     """Six epochs of three batches, all losses and steps written out; noise and dropout have the same seed.
 
     With a teacher nothing is drawn: where `none` is drawn all over, layers are alike, and any flow is best.
@@ -278,7 +282,7 @@ def test_whole_search_is_the_papers_equations(float64, write_data, write_gru, tm
     if gamma:
         path = write_gru(items=25, layers=3)
         teacher = torch.export.load(path).module()
-        argv += ["--teacher", path, "--gamma", gamma]
+        argv += ["--teacher", path, "--gamma", gamma, *["--negatives", drawn, "--remember"] * bool(drawn)]
     run(*argv)
 
     costs = torch.tensor([share([[o]], 6, 2) for o in OPERATIONS])
@@ -308,8 +312,16 @@ def test_whole_search_is_the_papers_equations(float64, write_data, write_gru, tm
                 soft = ((alpha.log_softmax(1) + g) / (0.8 if epoch == 6 else 1.0)).softmax(1)
                 y = F.one_hot(soft.argmax(1), 9) + (soft - soft.detach())
             hidden, output = forward(model, inputs, y, 0.3)
-            p = (output[real] @ model.M.weight[1:].T).softmax(1)
-            l_ce = -p[range(count), target - 1].log().mean()
+            # softmaxes of all items, or of the target, in column 0, and the drawn ones that are others
+            columns = torch.arange(1, 26).expand(count, -1)
+            if drawn:
+                columns = torch.from_numpy(rng.integers(1, 26, drawn)).expand(count, -1)
+            columns = torch.cat([target[:, None], columns], 1)
+            twice = columns == target[:, None]
+            twice[:, 0] = False
+            z = (output[real] @ model.M.weight.T).gather(1, columns)
+            p = z.masked_fill(twice, -math.inf).softmax(1)
+            l_ce = -p[:, 0].log().mean()
             l_emb = l_hid = l_pred = torch.zeros(())
             if gamma:
                 with torch.no_grad():
@@ -321,7 +333,9 @@ def test_whole_search_is_the_papers_equations(float64, write_data, write_gru, tm
                 flow = cheapest_flow(w_S, w_T, D.detach().numpy())
                 l_hid, paid = (torch.from_numpy(flow) * D).sum(), flow * D.detach().numpy()
                 w_S, w_T = layer_weights(w_S, paid.sum(1)), layer_weights(w_T, paid.sum(0))
-                l_pred = kl((output_T[real] @ vectors_T[1:].T).softmax(1), p)
+                z = (output_T[real] @ vectors_T.T).gather(1, columns)
+                q, p = z.masked_fill(twice, -math.inf).softmax(1)[~twice], p[~twice]
+                l_pred = (q * (q / p).log()).sum() / count
                 flows = flows + count * flow
             loss = (1 - gamma) * l_ce + gamma * (l_emb + l_hid + l_pred) + 0.4 * l_cost
             optimizer.zero_grad()

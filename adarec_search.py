@@ -301,16 +301,18 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
     states, vectors = output.detach(), item_vectors.detach()[1:]
     d_output, d_item_vectors = torch.zeros_like(output), torch.zeros_like(item_vectors)
     l_ce, l_pred = output.new_zeros(2, dtype=torch.float64)
-    rows = max(1, min(128, 2**23 // len(vectors)))  # a slice of at most 32 MiB
+    rows = max(1, min(64, 2**23 // len(vectors)))  # a slice of at most 32 MiB, and small enough for a cache
     for part in (slice(k, k + rows) for k in range(0, len(output), rows)):
-        here = target[part, None] - 1
-        log_p = (states[part] @ vectors.T).log_softmax(1)  # the student's
-        l_ce -= log_p.gather(1, here).sum()
-        d_scores = log_p.exp().mul_(weight_ce + weight_pred)
+        here, z = target[part, None] - 1, states[part] @ vectors.T
+        p = z.softmax(1)  # the student's
+        log_sum = z.amax(1) - p.amax(1).log()  # of exp(z): log p = z - log_sum
+        l_ce += (log_sum - z.gather(1, here)[:, 0]).sum()
+        d_scores = p.mul_(weight_ce + weight_pred)
         if weight_pred:
-            log_q = (output_T[part] @ vectors_T[1:].T).log_softmax(1)  # the teacher's
-            q = log_q.exp()
-            l_pred += log_q.sub_(log_p).mul_(q).sum()
+            z_T = output_T[part] @ vectors_T[1:].T
+            q = z_T.softmax(1)  # the teacher's
+            log_sum_T = z_T.amax(1) - q.amax(1).log()
+            l_pred += torch.dot(q.flatten(), z_T.sub_(z).flatten()) + (log_sum - log_sum_T).sum()
             d_scores.sub_(q, alpha=weight_pred)
         d_scores.scatter_add_(1, here, torch.full_like(here, -weight_ce, dtype=d_scores.dtype))
         d_output[part] = d_scores @ vectors
@@ -322,14 +324,18 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
     return loss + (weight_ce * l_ce + weight_pred * l_pred - loss.detach()).to(loss), l_ce, l_pred
 
 
-def sampled_item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred, negatives):
-    """`item_losses` for many items: p and q are softmaxes over the target and `negatives` [k] alone, which a
-    batch shares. A negative that is the position's target is left out there.
+def sampled_item_losses(
+    output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred, negatives, log_count
+):
+    """`item_losses` estimated by the target and `negatives` [k] alone, which a batch shares.
+
+    Each stands for the items that are not drawn, so its score is lowered by `log_count` [k], the log of how
+    often it is expected among the k (Bengio and Senecal, 2008). The position's target is left out there.
     """
 
     def log_softmax(output, vectors):  # the target first: [N, 1 + k]
         own = (output * F.embedding(target, vectors)).sum(1, keepdim=True)
-        others = output @ F.embedding(negatives, vectors).T
+        others = output @ F.embedding(negatives, vectors).T - log_count.to(output)
         return torch.cat([own, others.masked_fill(target[:, None] == negatives, -1e9)], 1).log_softmax(1)
 
     log_p = log_softmax(output, item_vectors)
@@ -387,16 +393,16 @@ def L(student, teacher, target, negatives, W, w, p, costs, args):
     """L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred) + beta L_cost.
 
     student: hidden [K+1, N, d_S], output [N, d_S], item_vectors [V+1, d_S]; teacher alike, or None: gamma 0;
-    target [N]; negatives [k] or None, all items; W = W_e, W_h map d_S to d_T; w = w_S [K], w_T [L_T], layer
-    weights; p [E, |O|]; costs [|O|]. Returns L; L_CE, L_cost, L_emb, L_hid, L_pred; the flow [K, L_T]; w of
-    the next step.
+    target [N]; negatives: () or negatives and log_count [k]; W = W_e, W_h map d_S to d_T; w = w_S [K] and
+    w_T [L_T], layer weights; p [E, |O|]; costs [|O|]. Returns L; L_CE, L_cost, L_emb, L_hid, L_pred; the flow
+    [K, L_T]; w of the next step.
     """
     hidden, output, item_vectors = student
     hidden_T, output_T, vectors_T = teacher or (None, None, None)
     gamma, l_cost = args.gamma if teacher else 0.0, cost_loss(p, costs)
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
     scored = output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma
-    losses = item_losses(*scored) if negatives is None else sampled_item_losses(*scored, negatives)
+    losses = sampled_item_losses(*scored, *negatives) if negatives else item_losses(*scored)
     loss, l_ce, l_pred = losses
     if not teacher:
         return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
@@ -426,6 +432,7 @@ def search(args):
         teacher = program.module().requires_grad_(False).to(args.device)
         max_length = args.max_length or config["max_length"]
     users, begin, end, _ = training_part(args.data, starts, max_length, rng)
+    Q = proposal(items, begin, end)
 
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
     model = Student(last_ids[1], max_length, args.dim, cells, args.dropout).to(args.device)
@@ -454,9 +461,11 @@ def search(args):
             waits, p = epoch <= args.alpha_warm_up, alpha.softmax(-1)
             y = p.detach() if waits else choose(alpha, tau, args.relaxation)
             made = at_real(model(ids, inputs, y), real)
-            negatives = None
+            negatives = ()
             if args.negatives:
-                negatives = torch.from_numpy(rng.integers(1, last_ids[1] + 1, args.negatives)).to(args.device)
+                drawn = rng.choice(len(Q), args.negatives, p=Q)
+                negatives = drawn, np.log(args.negatives * Q[drawn])
+                negatives = [torch.from_numpy(x).to(args.device) for x in negatives]
             taught = ask(teacher, ids, inputs, batch, answers if args.remember else {}) if teacher else None
             loss, parts, flow, w = L(made, taught, targets[real], negatives, W, w, p, costs, args)
             count = int(real.sum())
@@ -541,6 +550,16 @@ def at_real(made, real):
     """hidden [L+1, N, d], output [N, e] and item vectors of a batch, of its N real positions alone."""
     hidden, output, item_vectors = made
     return hidden[:, real], output[real], item_vectors
+
+
+def proposal(items, begin, end):
+    """Q [V+1], how likely an item is drawn as a negative that a batch shares: half of Q is uniform, half as
+    the item is frequent in items[begin[k]:end[k]], the training histories.
+    """
+    training = np.concatenate([items[b:e] for b, e in zip(begin, end, strict=True)])
+    Q = (np.bincount(training, minlength=items.max() + 1) / len(training) + 1 / items.max()) / 2
+    Q[0] = 0
+    return Q
 
 
 def ask(teacher, ids, inputs, batch, answers):
@@ -723,7 +742,7 @@ def main(argv=None):
     add("--learning-rate", type=float, default=5e-3, help="of AdamW on the weights")
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users")
-    add("--negatives", type=int, default=0, help="k: items that a batch's losses are of; 0: all items")
+    add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
     add("--remember", action="store_true", help="keep the teacher's answers: faster from epoch 2 on")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -120,18 +120,29 @@ def bce_loss(output, item_vectors, target, negatives):
     return -(F.logsigmoid(positive_score) + F.logsigmoid(-negative_score).sum(-1)).mean()
 
 
-def sampled_loss(output, item_vectors, target, negatives):
-    """-log softmax of the target among itself and `negatives` [k], shared by a batch (arXiv 2309.07602).
+def sampled_loss(output, item_vectors, target, negatives, log_count):
+    """`ce_loss` estimated by the target and `negatives` [k] alone, which a batch shares.
 
-    A negative that is the position's target is left out there.
+    Each stands for the items that are not drawn, so its score is lowered by `log_count` [k], the log of how
+    often it is expected among the k (Bengio and Senecal, 2008). The position's target is left out there.
     """
     positive_score = (output * F.embedding(target, item_vectors)).sum(-1)  # [N]
-    scores = output @ F.embedding(negatives, item_vectors).T  # [N, k]
+    scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)  # [N, k]
     scores = scores.masked_fill(target[:, None] == negatives, -math.inf)
     return (torch.cat([positive_score[:, None], scores], 1).logsumexp(1) - positive_score).mean()
 
 
 LOSSES = {"ce": ce_loss, "bce": bce_loss, "sampled": sampled_loss}
+
+
+def proposal(items, begin, end):
+    """Q [V+1], how likely an item is drawn as a negative that a batch shares: half of Q is uniform, half as
+    the item is frequent in items[begin[k]:end[k]], the training histories.
+    """
+    training = np.concatenate([items[b:e] for b, e in zip(begin, end, strict=True)])
+    Q = (np.bincount(training, minlength=items.max() + 1) / len(training) + 1 / items.max()) / 2
+    Q[0] = 0
+    return Q
 
 
 def draw_negatives(users, seen, item_count, rng):
@@ -159,6 +170,7 @@ def train(args):
     item_count = int(items.max())
     users, begin, end, judged = training_part(args.data, starts, args.max_length, rng)
     seen = seen_in_training(user_ids, starts, items) if args.loss == "bce" else None
+    Q = proposal(items, begin, end) if args.loss == "sampled" else None
     shape = args.dim, args.blocks, args.heads, args.dropout
     model = SASRec(item_count, args.max_length, *shape, scaled=args.blocks >= 4)
     program = export(model, args.max_length)  # it has the model's parameters: what is learnt is saved with it
@@ -168,7 +180,7 @@ def train(args):
     steps = math.ceil(len(users) / args.batch_size)
     mean_count = (end - begin - 1).sum() / steps  # positions a batch
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
-    k = args.negatives or {"ce": 0, "bce": 1, "sampled": 256}[args.loss]
+    k = args.negatives or {"ce": 0, "bce": 1, "sampled": 2048}[args.loss]
     best, log, contract = None, [], {"items": item_count, "max_length": args.max_length}
     if args.epochs == 0:
         save_model(args, args.out, program, model, None, **contract)
@@ -186,7 +198,8 @@ def train(args):
                 owner = np.repeat(users[batch], end[batch] - 1 - begin[batch])  # user of each position, [N]
                 negatives = [draw_negatives(np.tile(owner[:, None], k), seen, item_count, rng)]  # [N, k]
             elif args.loss == "sampled":
-                negatives = [rng.integers(1, item_count + 1, k)]
+                drawn = rng.choice(len(Q), k, p=Q)
+                negatives = [drawn, np.log(k * Q[drawn])]
             negatives = [torch.from_numpy(drawn).to(args.device) for drawn in negatives]
             _, output, item_vectors = model(ids, inputs)
             loss = LOSSES[args.loss](output[real], item_vectors, targets[real], *negatives)
@@ -386,9 +399,9 @@ def main(argv=None):
     add("--heads", type=int, default=1, help="attention heads; must divide --dim")
     add("--max-length", type=int, default=50, help="n: most recent items that the model sees, from 2")
     add("--dropout", type=float, default=0.2, help="share of hidden units dropped in training")
-    losses = "ce: of all items; bce: as first published; sampled: ce of negatives that a batch shares"
+    losses = "ce: of all items; bce: as first published; sampled: ce, estimated by k items"
     add("--loss", choices=LOSSES, default="ce", help=losses)
-    add("--negatives", type=int, help="k: uniform negatives; 1 with bce, 256 with sampled if not given")
+    add("--negatives", type=int, help="k: negatives; 1 with bce, 2048 with sampled if not given")
     add("--learning-rate", type=float, default=1e-3, help="of Adam, whose beta_2 is 0.98")
     add("--final-rate", type=float, default=1.0, help="share of --learning-rate at the end, reached evenly")
     add("--batch-size", type=int, default=128, help="users a step")

@@ -24,8 +24,8 @@ RUNS = ROOT / "results" / "runs"
 # ---- AdaRec: a student that is smaller, faster and as good; made for its scene ---------------------------
 
 FALLING = "--final-rate 0 --patience 99"
-# per scene: SASRec as the teacher; the student's shape; the search; and its training, `short` where many students
-# that have no teacher are compared with each other
+# per scene: SASRec as the teacher; the student's shape; the search; and its training, `short` where many
+# students that have no teacher are compared with each other
 SCENES = {
     "ml-1m": {
         "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 10",
@@ -142,9 +142,8 @@ def make(claim, name, commands, data):
     if out.endswith(".json"):
         architecture = json.loads((ROOT / out).read_text())
         found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
-        found["cost"] = float(
-            (ROOT / f"runs/{claim}/{name}.out").read_text().split("cost ")[-1].split(",")[0]
-        )
+        printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
+        found["cost"] = float(printed.split("cost ")[-1].split(",")[0])
     else:
         log = [json.loads(line) for line in (ROOT / f"{out}.log.jsonl").read_text().splitlines()]
         found["valid"] = max(line["NDCG@10"] for line in log)
@@ -154,41 +153,6 @@ def make(claim, name, commands, data):
         command = [sys.executable, "evaluate.py", data, out, "--at", "10", "--json"]
         report = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]
         found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
-    path = RUNS / claim / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def make(claim, name, commands, data):
-    """Run `commands`, the last of which writes runs/CLAIM/NAME; write their JSON with the model's figures."""
-    model = f"runs/{claim}/{name}.pt2"
-    out = model.replace(".pt2", ".json") if commands[-1].startswith("adarec_search") else model
-    commands = [*commands[:-1], f"{commands[-1]} --out {out}"]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found = {"commands": [" ".join(f"python {c}".split()) for c in commands], "commit": git.stdout.strip()}
-    tick, peak = time.time(), 0
-    (ROOT / model).parent.mkdir(parents=True, exist_ok=True)
-    for command in commands:
-        with open(ROOT / f"runs/{claim}/{name}.out", "w") as printed:
-            process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=printed)
-            _, status, usage = os.wait4(process.pid, 0)
-        peak = max(peak, usage.ru_maxrss)
-        if status:
-            sys.exit(f"{name}: {command} failed")
-    found |= {"seconds": round(time.time() - tick), "peak_MiB": peak // 1024, "torch_threads": threads()}
-    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    if out.endswith(".json"):
-        architecture = json.loads((ROOT / out).read_text())
-        printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
-        found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
-        found["cost"] = float(printed.split("cost ")[-1].split(",")[0])
-    for split in ("valid", "test"):
-        command = ["evaluate.py", data, model, "--split", split, "--json"]
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        found[split] = {key: json.loads(done.stdout)[0][key] for key in ("HR@10", "NDCG@10")}
-    report = json.loads(done.stdout)[0]
-    found |= {key: report[key] for key in ("parameters_without_embeddings", "macs")}
     path = RUNS / claim / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")

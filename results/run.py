@@ -37,7 +37,7 @@ SCENES = {
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",
         "shape": "--cells 2 --nodes 2 --dim 64",
-        "search": "--batch-size 128 --beta 0.03 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
+        "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
         "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
         "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",
@@ -45,7 +45,7 @@ SCENES = {
     "beauty": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 10",
         "shape": "--cells 2 --nodes 2 --dim 64",
-        "search": "--batch-size 128 --beta 0.03 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
+        "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
         "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
         "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",

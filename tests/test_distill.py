@@ -250,15 +250,20 @@ def flow_between(w_S, w_T, D, mapping):
     return np.stack([first, w_T - first])
 
 
-def divergences(output, vectors, target, output_T, vectors_T, negatives):
-    """L_CE and L_pred, position after position, among the target and the other ones of `negatives`."""
+def divergences(output, vectors, target, output_T, vectors_T, negatives, count):
+    """L_CE and L_pred, position after position, of the target and the others of `negatives`, each of which
+    stands for 1 / `count` items.
+    """
     sums = torch.zeros(2)
     for n, own in enumerate(target.tolist()):
         items = [own, *(j for j in negatives if j != own)]
-        p = (output[n] @ vectors[items].T).softmax(0)
+        share = torch.tensor([1.0, *(1 / count[j] for j in items[1:])])
+        p = share * (output[n] @ vectors[items].T).exp()
+        p = p / p.sum()
         sums = sums + torch.stack([-p[0].log(), torch.zeros(())])
         if output_T is not None:
-            q = (output_T[n] @ vectors_T[items].T).softmax(0)
+            q = share * (output_T[n] @ vectors_T[items].T).exp()
+            q = q / q.sum()
             sums = sums + torch.stack([torch.zeros(()), (q * (q / p).log()).sum()])
     return sums / len(target)
 
@@ -287,7 +292,11 @@ def replay(student, share, teacher, histories, distance, mapping, drawn):
             b, t = inputs.nonzero(as_tuple=True)  # the real positions, history after history
             H, output, vectors = student(ids, inputs)
             target = torch.cat([windows[n][1:] for n in batch])
-            negatives = rng.integers(1, ITEMS + 1, drawn).tolist() if drawn else range(1, ITEMS + 1)
+            negatives, count = range(1, ITEMS + 1), np.ones(ITEMS + 1)
+            if drawn:
+                stands = np.bincount(torch.cat(windows), minlength=ITEMS + 1) / (lengths.sum())
+                Q = [0, *(stands[1:] + 1 / ITEMS) / 2]
+                negatives, count = rng.choice(ITEMS + 1, drawn, p=Q).tolist(), drawn * np.array(Q)
             made, taught, H = (output[b, t], vectors), (None, None), H[:, b, t]
             flow = np.zeros((2, 3))
             if teacher:
@@ -310,7 +319,7 @@ def replay(student, share, teacher, histories, distance, mapping, drawn):
                     w_S, w_T = w_S / w_S.sum(), w_T / w_T.sum()
                 l_emb = ((H[0] @ W[0].weight.T + W[0].bias - H_T[0]) ** 2).mean()
                 parts = [l_emb, (torch.tensor(flow) * D).sum()]
-            l_ce, l_pred = divergences(*made, target, *taught, negatives)
+            l_ce, l_pred = divergences(*made, target, *taught, negatives, count)
             parts = [l_ce, *parts, l_pred] if teacher else [l_ce]
             loss = (1 - GAMMA) * l_ce + GAMMA * sum(parts[1:]) if teacher else l_ce
             gradients = torch.autograd.grad(loss * len(b) / ((lengths - 1).sum() / steps), learned)

@@ -313,13 +313,17 @@ def test_whole_search_is_the_papers_equations(
                 y = F.one_hot(soft.argmax(1), 9) + (soft - soft.detach())
             hidden, output = forward(model, inputs, y, 0.3)
             # softmaxes of all items, or of the target, in column 0, and the drawn ones that are others
-            columns = torch.arange(1, 26).expand(count, -1)
-            if drawn:
-                columns = torch.from_numpy(rng.integers(1, 26, drawn)).expand(count, -1)
-            columns = torch.cat([target[:, None], columns], 1)
+            columns, stands_for = torch.arange(1, 26), torch.ones(26)
+            if drawn:  # of the training items, and of all, half each
+                Q = np.bincount(np.concatenate(training), minlength=26) / sum(map(len, training)) / 2
+                Q[1:] += 1 / 50
+                columns, stands_for = torch.from_numpy(rng.choice(26, drawn, p=Q)), torch.tensor(drawn * Q)
+            columns = torch.cat([target[:, None], columns.expand(count, -1)], 1)
+            weight = stands_for[columns].log()
+            weight[:, 0] = 0
             twice = columns == target[:, None]
             twice[:, 0] = False
-            z = (output[real] @ model.M.weight.T).gather(1, columns)
+            z = (output[real] @ model.M.weight.T).gather(1, columns) - weight
             p = z.masked_fill(twice, -math.inf).softmax(1)
             l_ce = -p[:, 0].log().mean()
             l_emb = l_hid = l_pred = torch.zeros(())
@@ -333,7 +337,7 @@ def test_whole_search_is_the_papers_equations(
                 flow = cheapest_flow(w_S, w_T, D.detach().numpy())
                 l_hid, paid = (torch.from_numpy(flow) * D).sum(), flow * D.detach().numpy()
                 w_S, w_T = layer_weights(w_S, paid.sum(1)), layer_weights(w_T, paid.sum(0))
-                z = (output_T[real] @ vectors_T.T).gather(1, columns)
+                z = (output_T[real] @ vectors_T.T).gather(1, columns) - weight
                 q, p = z.masked_fill(twice, -math.inf).softmax(1)[~twice], p[~twice]
                 l_pred = (q * (q / p).log()).sum() / count
                 flows = flows + count * flow

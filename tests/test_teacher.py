@@ -188,12 +188,13 @@ def test_exported_program_equals_the_module(tmp_path, sasrec):
         program(torch.ones(1, dtype=torch.int64), torch.ones(1, 13, dtype=torch.int64))
 
 
-def loss_of(r, target, kind, negatives):
-    """The loss at one position from its scores r [V+1] and its negatives."""
+def loss_of(r, target, kind, negatives, count=None):
+    """The loss at one position from its scores r [V+1] and its negatives, each expected `count` times."""
     if kind == "bce":
         return -r[target].sigmoid().log() - sum((1 - r[j].sigmoid()).log() for j in negatives)
-    rivals = range(1, len(r)) if kind == "ce" else [target, *(j for j in negatives if j != target)]
-    return sum(r[j].exp() for j in rivals).log() - r[target]
+    rivals = range(1, len(r)) if kind == "ce" else negatives
+    others = sum(r[j].exp() / (1 if kind == "ce" else count[j]) for j in rivals if j != target)
+    return (r[target].exp() + others).log() - r[target]
 
 
 def check_loss(kind, negatives):
@@ -201,9 +202,11 @@ def check_loss(kind, negatives):
     torch.manual_seed(0)
     output, item_vectors = torch.randn(300, 6, requires_grad=True), torch.randn(41, 6, requires_grad=True)
     rows, target = negatives.expand(300, -1).tolist(), torch.randint(1, 41, (300,))
-    loss = teacher.LOSSES[kind](output, item_vectors, target, *[negatives] * (kind != "ce"))
+    count = torch.rand(41)
+    drawn = {"ce": (), "bce": (negatives,), "sampled": (negatives, count[negatives.long()].log())}[kind]
+    loss = teacher.LOSSES[kind](output, item_vectors, target, *drawn)
     scores = zip(output @ item_vectors.T, target.tolist(), rows, strict=True)
-    expected = sum(loss_of(r, i, kind, row) for r, i, row in scores) / 300
+    expected = sum(loss_of(r, i, kind, row, count) for r, i, row in scores) / 300
     results = [[x, *torch.autograd.grad(x, (output, item_vectors))] for x in (loss, expected)]
     assert_close(*results, atol=1e-12, rtol=1e-12)
 
@@ -221,7 +224,13 @@ def test_sampled_loss_is_its_formula_and_leaves_the_target_out(float64):
     check_loss("sampled", torch.tensor([3, 7, 7, 40, 1]))  # 300 targets among 40 meet them all
 
 
-CASES = [("ce", 0, 4, 2), ("bce", 1, 3, 1), ("bce", 3, 1, 1), ("sampled", 256, 2, 1)]
+def test_shared_negatives_are_drawn_as_often_as_said():
+    # user 2's rows, 4 to 7, are not of training
+    Q = teacher.proposal(np.array([3, 3, 1, 5, 4, 4, 4]), np.array([0]), np.array([4]))
+    np.testing.assert_allclose(Q, [0, 0.1 + 1 / 8, 0.1, 0.1 + 1 / 4, 0.1, 0.1 + 1 / 8])
+
+
+CASES = [("ce", 0, 4, 2), ("bce", 1, 3, 1), ("bce", 3, 1, 1), ("sampled", 2048, 2, 1)]
 
 
 @pytest.mark.parametrize("kind, k, blocks, heads", CASES)
@@ -237,12 +246,15 @@ def test_two_epochs_are_the_formulas(write_data, monkeypatch, float64, kind, k, 
     monkeypatch.setattr(teacher, "batches_of_like_length", lambda *_: indices)
     monkeypatch.setitem(teacher.LOSSES, kind, lambda o, v, t, *n: drawn.append(n) or real(o, v, t, *n))
     options = f"--loss {kind} --blocks {blocks} --heads {heads} --dim 8 --max-length 5 --dropout 0"
-    options += " --batch-size 3 --learning-rate 0.03" + " --negatives 3" * (k == 3) + " --epochs"
+    options += " --batch-size 3 --learning-rate 0.03" + " --negatives 3" * (k == 3)
+    options += " --final-rate 0.4 --epochs"
     data = write_data(histories)
     w, config, log = run(data, f"{options} 0")
     assert config["validation"] is None and not log and ("blocks.0.epsilon" in w) == (blocks >= 4)
     final, _, log = run(data, f"{options} 2")
     w = {name: value.requires_grad_() for name, value in w.items()}
+    stands = np.bincount([item for items in past.values() for item in items], minlength=13)
+    count = k * (stands / stands.sum() + 1 / 12) / 2  # how often an item is expected among the drawn ones
     m, v, step, after = dict.fromkeys(w, 0.0), dict.fromkeys(w, 0.0), 0, []
     for line in log:
         total, ranks = 0.0, []
@@ -254,13 +266,14 @@ def test_two_epochs_are_the_formulas(write_data, monkeypatch, float64, kind, k, 
                 for r, target in zip(scores, past[user][1:], strict=True):
                     row, n = negatives[n] if kind == "bce" else negatives, n + 1
                     assert kind != "bce" or len(row) == k and not {*row} & {*training[user]}
-                    loss = loss + loss_of(r, target, kind, row)
+                    loss = loss + loss_of(r, target, kind, row, count)
             step, total = step + 1, total + loss.item()
             gradient = torch.autograd.grad(loss / (positions / 3), w.values())
             for (name, x), g in zip(w.items(), gradient, strict=True):
                 m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.98 * v[name] + 0.02 * g**2
                 root = (v[name] / (1 - 0.98**step)).sqrt()
-                x.data -= 0.03 * m[name] / (1 - 0.9**step) / (root + 1e-8)
+                rate = 0.03 * (1 - 0.6 * (step - 1) / 6)
+                x.data -= rate * m[name] / (1 - 0.9**step) / (root + 1e-8)
         for user in (user for user, items in histories.items() if len(items) > 2):
             r = w["M.weight"] @ by_hand(w, training[user][-5:], heads)[1][-1]
             rivals = {*range(1, 13)} - {*training[user]}

@@ -18,6 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "results" / "runs"
 
@@ -112,6 +115,51 @@ def planted():
 
 CLAIMS = {"adarec": adarec, "planted": planted}
 
+# ---- Tables of what was run ------------------------------------------------------------------------------
+
+
+def ndcg(names):
+    """Test NDCG@10 of those of AdaRec's runs `names` that were made."""
+    return np.array([run["NDCG@10"] for run in (figures("adarec", name) for name in names) if run])
+
+
+def spread(values):
+    """Mean, standard deviation and number of `values`, in a word."""
+    return (
+        f"{values.mean():.4f} ({values.std(ddof=1):.4f}, {len(values)})" if len(values) > 1 else f"{values}"
+    )
+
+
+def tables():
+    """Print AdaRec's tables: mean test NDCG@10, its standard deviation over runs and their number."""
+    for scene in SCENES:
+        teacher, found = (figures("adarec", f"{scene}-{name}") for name in ("teacher", "search"))
+        student = figures("adarec", f"{scene}-emd-0")
+        if not student:
+            continue
+        print(f"\n{scene}: teacher {teacher['NDCG@10']:.4f}, {teacher['macs']:,} multiply-adds; student of")
+        print(
+            f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / student['macs']:.1f}x fewer"
+        )
+        for name in TAUGHT:
+            values = ndcg(f"{scene}-{name}-{seed}" for seed in range(3))
+            if len(values):
+                print(
+                    f"  {name:11} {spread(values)}, {values.mean() / teacher['NDCG@10']:.1%} of the teacher"
+                )
+        own = ndcg(f"{scene}-alone-{seed}" for seed in range(3))
+        chance = ndcg(f"{scene}-chance{k}-{seed}" for k in range(5) for seed in range(2))
+        if len(own) and len(chance):
+            p = stats.ttest_ind(own, chance, alternative="greater").pvalue
+            print(
+                f"  without a teacher, shorter: searched {spread(own)}, at random {spread(chance)}, p {p:.3f}"
+            )
+        for other in SCENES.keys() - {scene}:
+            moved = ndcg(f"{scene}-from-{other}-{seed}" for seed in range(3))
+            if len(moved):
+                print(f"  architecture of {other} {spread(moved)}")
+
+
 # ---- One run ---------------------------------------------------------------------------------------------
 
 
@@ -170,7 +218,10 @@ def main(argv=None):
     parser.add_argument("claims", nargs="+", choices=CLAIMS)
     parser.add_argument("--only", default="*", help="names of runs, as 'games-*'")
     parser.add_argument("--list", action="store_true", help="show what is missing, run nothing")
+    parser.add_argument("--table", action="store_true", help="print AdaRec's tables, run nothing")
     args = parser.parse_args(argv)
+    if args.table:
+        return tables()
     for claim in args.claims:
         for name, commands in CLAIMS[claim]():
             if not fnmatch.fnmatch(name, args.only) or figures(claim, name):

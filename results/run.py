@@ -32,6 +32,7 @@ FALLING = "--final-rate 0 --patience 99"
 SCENES = {
     "ml-1m": {
         "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 10",
+        "restart": "--learning-rate 1e-3 --epochs 8",
         "shape": "--cells 2 --nodes 2 --dim 64 --max-length 200",
         "search": "--batch-size 64 --beta 0.03 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 --remember",
         "train": "--learning-rate 2e-3 --epochs 8",
@@ -39,6 +40,7 @@ SCENES = {
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",
+        "restart": "--learning-rate 1e-3 --batch-size 128 --negatives 2048 --epochs 6",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
@@ -81,7 +83,12 @@ def adarec():
     """Name and commands of each run, in order: a later one may read what an earlier one found."""
     for scene, options in SCENES.items():
         data, runs = f"data/{scene}.txt", f"runs/adarec/{scene}"
-        yield f"{scene}-teacher", [f"sasrec_teacher.py {data} {options['teacher']} {FALLING}"]
+        commands = [f"sasrec_teacher.py {data} {options['teacher']} {FALLING}"]
+        if "restart" in options:  # a second time from the rate's beginning
+            yield f"{scene}-teacher-1", commands
+            again = f"--student {runs}-teacher-1.pt2 {options['restart']}"
+            commands = [f"emd_distill.py {data} {again} {FALLING}"]
+        yield f"{scene}-teacher", commands
         teacher = f"--teacher {runs}-teacher.pt2"
         yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {options['shape']} {options['search']}"]
         for seed in range(3):

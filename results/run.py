@@ -48,7 +48,8 @@ SCENES = {
         "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",
     },
     "beauty": {
-        "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 10",
+        "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 8",
+        "restart": "--learning-rate 1e-3 --batch-size 128 --negatives 2048 --epochs 5",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",

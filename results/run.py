@@ -33,27 +33,30 @@ SCENES = {
     "ml-1m": {
         "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 10",
         "restart": "--learning-rate 1e-3 --epochs 8",
-        "shape": "--cells 2 --nodes 2 --dim 64 --max-length 200",
-        "search": "--batch-size 64 --beta 0.03 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 --remember",
-        "train": "--learning-rate 2e-3 --epochs 8",
+        "build": "--max-length 200 --dropout 0.1",
+        "shape": "--cells 2 --nodes 2 --dim 64",
+        "search": "--batch-size 64 --beta 0.05 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 --remember",
+        "train": "--learning-rate 2e-3 --epochs 10",
         "short": "--learning-rate 2e-3 --epochs 4",
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",
         "restart": "--learning-rate 1e-3 --batch-size 128 --negatives 2048 --epochs 6",
+        "build": "",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
+        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 10 --negatives 2048",
         "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",
     },
     "beauty": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 8",
         "restart": "--learning-rate 1e-3 --batch-size 128 --negatives 2048 --epochs 5",
+        "build": "",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
+        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 10 --negatives 2048",
         "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",
     },
 }
@@ -63,8 +66,7 @@ TAUGHT = {"emd": "", "none": "", "one-to-one": "--mapping one-to-one", "last": "
 def student(scene, name, architecture, seed, options):
     """Name and commands of a student of `architecture` that starts from random weights."""
     start = f"runs/adarec/{scene}-{name}-{seed}-start"
-    length = "--max-length 200" * (scene == "ml-1m")
-    source = f"--architecture {architecture} {length} --seed {seed}"
+    source = f"--architecture {architecture} {SCENES[scene]['build']} --seed {seed}"
     build = f"adarec_search.py data/{scene}.txt {source} --out {start}.json"
     train = f"emd_distill.py data/{scene}.txt --student {start}.pt2 {options} {FALLING} --seed {seed}"
     return f"{scene}-{name}-{seed}", [build, train]
@@ -91,7 +93,8 @@ def adarec():
             commands = [f"emd_distill.py {data} {again} {FALLING}"]
         yield f"{scene}-teacher", commands
         teacher = f"--teacher {runs}-teacher.pt2"
-        yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {options['shape']} {options['search']}"]
+        shape = f"{options['build']} {options['shape']}"
+        yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {shape} {options['search']}"]
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 taught = "" if name == "none" else f"{teacher} --remember {mapping}"

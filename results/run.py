@@ -35,9 +35,9 @@ SCENES = {
         "restart": "--learning-rate 1e-3 --epochs 8",
         "build": "--max-length 200 --dropout 0.1",
         "shape": "--cells 2 --nodes 2 --dim 64",
-        "search": "--batch-size 64 --beta 0.05 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 --remember",
-        "train": "--learning-rate 2e-3 --epochs 10",
-        "short": "--learning-rate 2e-3 --epochs 4",
+        "search": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3 --remember",
+        "train": "--learning-rate 2e-3 --epochs 8",
+        "short": "--learning-rate 2e-3 --epochs 3 --negatives 512",
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",
@@ -46,8 +46,8 @@ SCENES = {
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 10 --negatives 2048",
-        "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",
+        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
+        "short": "--learning-rate 2e-3 --batch-size 128 --epochs 4 --negatives 2048",
     },
     "beauty": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 8",
@@ -56,8 +56,8 @@ SCENES = {
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
         "--negatives 2048 --remember",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 10 --negatives 2048",
-        "short": "--learning-rate 2e-3 --batch-size 128 --epochs 5 --negatives 2048",
+        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
+        "short": "--learning-rate 2e-3 --batch-size 128 --epochs 4 --negatives 2048",
     },
 }
 TAUGHT = {"emd": "", "none": "", "one-to-one": "--mapping one-to-one", "last": "--mapping last"}

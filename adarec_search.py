@@ -62,7 +62,7 @@ def earlier(x, places):
 
 def running_mean(x):
     """The mean of x [..., T] up to each place."""
-    return x.cumsum(-1) / torch.ones_like(x).cumsum(-1)
+    return x.cumsum(-1) / torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
 
 
 class Operation(nn.Module):
@@ -83,7 +83,7 @@ class Operation(nn.Module):
             kernel = self.convolution.weight.transpose(1, 2).flatten(1)  # [d, k d]
             return kernel @ torch.cat(earlier(x, TAPS[self.name]), 1) + self.convolution.bias[:, None]
         if self.name == "avg_pool":  # torch's own pools do not export for histories of every length
-            return sum(earlier(x, range(POOL))) / POOL
+            return functools.reduce(torch.add, earlier(x, range(POOL))) / POOL
         if self.name == "max_pool":  # x = ReLU(x_i) is nowhere below the padding
             return functools.reduce(torch.maximum, earlier(x, range(POOL)))
         if self.name == "mean":
@@ -101,13 +101,12 @@ class Cell(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x_0):  # [B, T, d]
-        active = [F.relu(x_0).transpose(1, 2)]  # ReLU(x_i), each [B, d, T]
-        total = 0
-        for row, share in zip(self.operations, self.w.softmax(0), strict=True):
-            used = [o(x) for o, x in zip(row, active, strict=True) if o.name != "none"]
-            x_j = sum(used) if used else torch.zeros_like(active[0])
-            total = total + share * x_j
-            active.append(F.relu(x_j))
+        x, active = [x_0.transpose(1, 2)], []  # x_i and ReLU(x_i), each [B, d, T]
+        for row in self.operations:
+            active.append(F.relu(x[-1]))
+            used = [o(x_i) for o, x_i in zip(row, active, strict=True) if o.name != "none"]
+            x.append(functools.reduce(torch.add, used) if used else torch.zeros_like(x[0]))
+        total = torch.tensordot(self.w.softmax(0), torch.stack(x[1:]), 1)
         return x_0 + F.relu(self.norm(total.transpose(1, 2)))
 
 

@@ -36,7 +36,7 @@ SCENES = {
         "build": "--max-length 200 --dropout 0.1",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3 --remember",
-        "train": "--learning-rate 2e-3 --epochs 8",
+        "train": "--learning-rate 4e-3 --epochs 24 --negatives 512",
         "short": "--learning-rate 2e-3 --epochs 3 --negatives 512",
     },
     "games": {

@@ -36,7 +36,9 @@ SCENES = {
         "build": "--max-length 200 --dropout 0.1",
         "shape": "--cells 2 --nodes 2 --dim 64",
         "search": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3 --remember",
-        "train": "--learning-rate 4e-3 --epochs 24 --negatives 512",
+        "long": "--learning-rate 4e-3 --epochs 24 --negatives 512",
+        "longer": "--learning-rate 2e-3 --epochs 14",
+        "train": "--learning-rate 4e-3 --epochs 8 --negatives 512",
         "short": "--learning-rate 2e-3 --epochs 3 --negatives 512",
     },
     "games": {
@@ -95,6 +97,11 @@ def adarec():
         teacher = f"--teacher {runs}-teacher.pt2"
         shape = f"{options['build']} {options['shape']}"
         yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {shape} {options['search']}"]
+        if "long" in options:  # and a second time from the rate's beginning, with all items
+            taught = f"{teacher} --remember"
+            yield student(scene, "long", f"{runs}-search.json", 0, f"{options['long']} {taught}")
+            again = f"--student {runs}-long-0.pt2 {options['longer']} {taught} {FALLING}"
+            yield f"{scene}-longer-0", [f"emd_distill.py {data} {again}"]
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 taught = "" if name == "none" else f"{teacher} --remember {mapping}"

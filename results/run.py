@@ -102,6 +102,11 @@ def adarec():
             yield student(scene, "long", f"{runs}-search.json", 0, f"{options['long']} {taught}")
             again = f"--student {runs}-long-0.pt2 {options['longer']} {taught} {FALLING}"
             yield f"{scene}-longer-0", [f"emd_distill.py {data} {again}"]
+            far = ROOT / f"{runs}-far.json"  # the search's sees 13 items; one that sees them all
+            far.parent.mkdir(parents=True, exist_ok=True)
+            edges = [["conv5"], ["mean", "dilated_conv5"]]
+            far.write_text(json.dumps({"cells": 2, "nodes": 2, "dim": 64, "edges": edges}))
+            yield student(scene, "far", f"{runs}-far.json", 0, f"{options['train']} {taught}")
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 taught = "" if name == "none" else f"{teacher} --remember {mapping}"

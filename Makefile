@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 DATA := data/ml-100k.txt
+SHAPE := --cells 2 --nodes 2 --dim 32
 SAME := --epochs 30 --patience 30 --final-rate 0
 
 .PHONY: demo test lint
@@ -13,9 +14,9 @@ SAME := --epochs 30 --patience 30 --final-rate 0
 
 demo: .venv/ready $(DATA)
 	$(VENV) sasrec_teacher.py $(DATA) --out runs/teacher.pt2
-	$(VENV) adarec_search.py $(DATA) --teacher runs/teacher.pt2 --cells 2 --nodes 2 --dim 32 --out runs/found.json
+	$(VENV) adarec_search.py $(DATA) --teacher runs/teacher.pt2 --remember $(SHAPE) --out runs/found.json
 	$(VENV) adarec_search.py $(DATA) --architecture runs/found.json --out runs/untrained.json
-	$(VENV) emd_distill.py $(DATA) --student runs/untrained.pt2 --teacher runs/teacher.pt2 $(SAME) --out runs/student.pt2
+	$(VENV) emd_distill.py $(DATA) --student runs/untrained.pt2 --teacher runs/teacher.pt2 --remember $(SAME) --out runs/student.pt2
 	$(VENV) emd_distill.py $(DATA) --student runs/untrained.pt2 $(SAME) --out runs/student-alone.pt2
 	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/student-alone.pt2
 	$(VENV) sasrec_teacher.py $(DATA) --loss bce --batch-size 32 --epochs 30 --out runs/large.pt2

@@ -39,7 +39,7 @@ SCENES = {
         "long": "--learning-rate 4e-3 --epochs 24 --negatives 512",
         "longer": "--learning-rate 2e-3 --epochs 14",
         "train": "--learning-rate 4e-3 --epochs 8 --negatives 512",
-        "short": "--learning-rate 2e-3 --epochs 3 --negatives 512",
+        "short": "--learning-rate 4e-3 --epochs 6 --negatives 512",
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",

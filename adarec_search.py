@@ -62,7 +62,7 @@ def earlier(x, places):
 
 def running_mean(x):
     """The mean of x [..., T] up to each place."""
-    return x.cumsum(-1) / torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    return x.cumsum(-1) / x.new_ones(x.shape[-1]).cumsum(0)  # ones of x: a file has no other device's
 
 
 class Operation(nn.Module):
@@ -106,7 +106,7 @@ class Cell(nn.Module):
             active.append(F.relu(x[-1]))
             used = [o(x_i) for o, x_i in zip(row, active, strict=True) if o.name != "none"]
             x.append(functools.reduce(torch.add, used) if used else torch.zeros_like(x[0]))
-        total = torch.tensordot(self.w.softmax(0), torch.stack(x[1:]), 1)
+        total = (self.w.softmax(0).view(-1, 1, 1, 1) * torch.stack(x[1:])).sum(0)
         return x_0 + F.relu(self.norm(total.transpose(1, 2)))
 
 
@@ -311,7 +311,7 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
             z_T = output_T[part] @ vectors_T[1:].T
             q = z_T.softmax(1)  # the teacher's
             log_sum_T = z_T.amax(1) - q.amax(1).log()
-            l_pred += torch.dot(q.flatten(), z_T.sub_(z).flatten()) + (log_sum - log_sum_T).sum()
+            l_pred += (z_T.sub_(z).mul_(q).sum(1) + log_sum - log_sum_T).sum()
             d_scores.sub_(q, alpha=weight_pred)
         d_scores.scatter_add_(1, here, torch.full_like(here, -weight_ce, dtype=d_scores.dtype))
         d_output[part] = d_scores @ vectors
@@ -335,7 +335,8 @@ def sampled_item_losses(
     def log_softmax(output, vectors):  # the target first: [N, 1 + k]
         own = (output * F.embedding(target, vectors)).sum(1, keepdim=True)
         others = output @ F.embedding(negatives, vectors).T - log_count.to(output)
-        return torch.cat([own, others.masked_fill(target[:, None] == negatives, -1e9)], 1).log_softmax(1)
+        others = others.masked_fill(target[:, None] == negatives, -1e9)  # of 0 - 0 inf, L_pred would be NaN
+        return torch.cat([own, others], 1).log_softmax(1)
 
     log_p = log_softmax(output, item_vectors)
     l_ce, l_pred = -log_p[:, 0].mean(), log_p.new_zeros(())
@@ -401,8 +402,8 @@ def L(student, teacher, target, negatives, W, w, p, costs, args):
     gamma, l_cost = args.gamma if teacher else 0.0, cost_loss(p, costs)
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
     scored = output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma
-    losses = sampled_item_losses(*scored, *negatives) if negatives else item_losses(*scored)
-    loss, l_ce, l_pred = losses
+    of_items = sampled_item_losses if negatives else item_losses
+    loss, l_ce, l_pred = of_items(*scored, *negatives)
     if not teacher:
         return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
     l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
@@ -425,13 +426,14 @@ def search(args):
     rng = np.random.default_rng(args.seed)
     user_ids, starts, items = read_interactions(args.data)
     last_ids, max_length = (int(user_ids.max()), int(items.max())), args.max_length or 50
-    teacher, answers, W, w = None, {}, None, None
+    teacher, W, w = None, None, None
     if args.teacher and args.gamma > 0:
         program, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
         teacher = program.module().requires_grad_(False).to(args.device)
         max_length = args.max_length or config["max_length"]
     users, begin, end, _ = training_part(args.data, starts, max_length, rng)
-    Q = proposal(items, begin, end)
+    Q = proposal(items, begin, end) if args.negatives else None
+    answers = {} if args.remember else None
 
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
     model = Student(last_ids[1], max_length, args.dim, cells, args.dropout).to(args.device)
@@ -460,12 +462,9 @@ def search(args):
             waits, p = epoch <= args.alpha_warm_up, alpha.softmax(-1)
             y = p.detach() if waits else choose(alpha, tau, args.relaxation)
             made = at_real(model(ids, inputs, y), real)
-            negatives = ()
-            if args.negatives:
-                drawn = rng.choice(len(Q), args.negatives, p=Q)
-                negatives = drawn, np.log(args.negatives * Q[drawn])
-                negatives = [torch.from_numpy(x).to(args.device) for x in negatives]
-            taught = ask(teacher, ids, inputs, batch, answers if args.remember else {}) if teacher else None
+            drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
+            negatives = [x.to(args.device) for x in drawn]
+            taught = ask(teacher, ids, inputs, batch, answers) if teacher else None
             loss, parts, flow, w = L(made, taught, targets[real], negatives, W, w, p, costs, args)
             count = int(real.sum())
             optimizer.zero_grad()
@@ -561,13 +560,21 @@ def proposal(items, begin, end):
     return Q
 
 
-def ask(teacher, ids, inputs, batch, answers):
-    """The teacher's hidden states, output and item vectors at the real positions of the users `batch`.
+def draw_shared(Q, k, rng):
+    """`k` items drawn from Q, with replacement, and the log of how often each is expected among them: [k]."""
+    drawn = rng.choice(len(Q), k, p=Q)
+    return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
 
-    They never change: what `answers` has of an earlier epoch is taken from there, what it lacks is added.
+
+def ask(teacher, ids, inputs, batch, answers):
+    """What the teacher says at the real positions of the users `batch`: hidden states, output, item vectors.
+
+    If `answers` is a dictionary, it keeps them, user by user, and a batch of known users is not asked again.
     """
-    if batch[0] not in answers:
-        real = inputs > 0
+    real = inputs > 0
+    if answers is None:
+        return at_real(teacher(ids, inputs), real)
+    if not answers.keys() >= set(batch):
         hidden, output, answers["item_vectors"] = at_real(teacher(ids, inputs), real)
         lengths = real.sum(1).tolist()
         answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
@@ -742,7 +749,7 @@ def main(argv=None):
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
-    add("--remember", action="store_true", help="keep the teacher's answers: faster from epoch 2 on")
+    add("--remember", action="store_true", help="keep the teacher's answers in memory: fast from epoch 2 on")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)

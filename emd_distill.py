@@ -140,7 +140,7 @@ def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, we
             z_T = output_T[part] @ vectors_T[1:].T
             q = z_T.softmax(1)  # the teacher's
             log_sum_T = z_T.amax(1) - q.amax(1).log()
-            l_pred += torch.dot(q.flatten(), z_T.sub_(z).flatten()) + (log_sum - log_sum_T).sum()
+            l_pred += (z_T.sub_(z).mul_(q).sum(1) + log_sum - log_sum_T).sum()
             d_scores.sub_(q, alpha=weight_pred)
         d_scores.scatter_add_(1, here, torch.full_like(here, -weight_ce, dtype=d_scores.dtype))
         d_output[part] = d_scores @ vectors
@@ -164,7 +164,8 @@ def sampled_item_losses(
     def log_softmax(output, vectors):  # the target first: [N, 1 + k]
         own = (output * F.embedding(target, vectors)).sum(1, keepdim=True)
         others = output @ F.embedding(negatives, vectors).T - log_count.to(output)
-        return torch.cat([own, others.masked_fill(target[:, None] == negatives, -1e9)], 1).log_softmax(1)
+        others = others.masked_fill(target[:, None] == negatives, -1e9)  # of 0 - 0 inf, L_pred would be NaN
+        return torch.cat([own, others], 1).log_softmax(1)
 
     log_p = log_softmax(output, item_vectors)
     l_ce, l_pred = -log_p[:, 0].mean(), log_p.new_zeros(())
@@ -199,8 +200,8 @@ def L(student, teacher, target, negatives, W, w, args):
     gamma = args.gamma if teacher else 0.0
     # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
     scored = output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma
-    losses = sampled_item_losses(*scored, *negatives) if negatives else item_losses(*scored)
-    loss, l_ce, l_pred = losses
+    of_items = sampled_item_losses if negatives else item_losses
+    loss, l_ce, l_pred = of_items(*scored, *negatives)
     if not teacher:
         return loss, [l_ce], np.zeros(0), w
     l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
@@ -243,13 +244,21 @@ def proposal(items, begin, end):
     return Q
 
 
-def ask(teacher, ids, inputs, batch, answers):
-    """The teacher's hidden states, output and item vectors at the real positions of the users `batch`.
+def draw_shared(Q, k, rng):
+    """`k` items drawn from Q, with replacement, and the log of how often each is expected among them: [k]."""
+    drawn = rng.choice(len(Q), k, p=Q)
+    return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
 
-    They never change: what `answers` has of an earlier epoch is taken from there, what it lacks is added.
+
+def ask(teacher, ids, inputs, batch, answers):
+    """What the teacher says at the real positions of the users `batch`: hidden states, output, item vectors.
+
+    If `answers` is a dictionary, it keeps them, user by user, and a batch of known users is not asked again.
     """
-    if batch[0] not in answers:
-        real = inputs > 0
+    real = inputs > 0
+    if answers is None:
+        return at_real(teacher(ids, inputs), real)
+    if not answers.keys() >= set(batch):
         hidden, output, answers["item_vectors"] = at_real(teacher(ids, inputs), real)
         lengths = real.sum(1).tolist()
         answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
@@ -266,17 +275,18 @@ def train(args):
     program, config = load_model(args.student, *last_ids, args.data)
     max_length = config["max_length"]
     users, begin, end, judged = training_part(args.data, starts, max_length, rng)
-    Q = proposal(items, begin, end)
+    Q = proposal(items, begin, end) if args.negatives else None
+    answers = {} if args.remember else None
     # both share the parameters of `program`: `judge` judges what `student` learns, and `program` is saved
     student = with_dropout(program.module(), True, args.dropout).to(args.device)
     with_dropout(program.graph_module, False)  # should it have been exported in training
     judge = program.module().to(args.device)
 
     torch.manual_seed(args.seed)
-    learned, teacher, answers, W, w = list(student.parameters()), None, {}, None, None
+    learned, teacher, W, w = list(student.parameters()), None, None, None
     if args.teacher and args.gamma > 0:
         taught_by, config_T = load_model(args.teacher, *last_ids, args.data, max_length, layers=1)
-        teacher = taught_by.module().requires_grad_(False).to(args.device)
+        teacher = with_dropout(taught_by.module(), False).requires_grad_(False).to(args.device)
         W = [nn.Linear(config["dim"], config_T["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
         w = [np.full(layers, 1 / layers) for layers in (config["layers"], config_T["layers"])]
         learned += [*W[0].parameters(), *W[1].parameters()]
@@ -295,12 +305,9 @@ def train(args):
             inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
             targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
             real = inputs > 0
-            negatives = ()
-            if args.negatives:
-                drawn = rng.choice(len(Q), args.negatives, p=Q)
-                negatives = drawn, np.log(args.negatives * Q[drawn])
-                negatives = [torch.from_numpy(x).to(args.device) for x in negatives]
-            taught = ask(teacher, ids, inputs, batch, answers if args.remember else {}) if teacher else None
+            drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
+            negatives = [x.to(args.device) for x in drawn]
+            taught = ask(teacher, ids, inputs, batch, answers) if teacher else None
             made = at_real(student(ids, inputs), real)
             if teacher and epoch == step == 1:
                 fit(W, made[0].detach(), taught[0])
@@ -526,7 +533,7 @@ def main(argv=None):
     add("--epochs", type=int, default=30, help="passes over all users, at most")
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
-    add("--remember", action="store_true", help="keep the teacher's answers: faster from epoch 2 on")
+    add("--remember", action="store_true", help="keep the teacher's answers in memory: fast from epoch 2 on")
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)

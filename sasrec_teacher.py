@@ -145,6 +145,12 @@ def proposal(items, begin, end):
     return Q
 
 
+def draw_shared(Q, k, rng):
+    """`k` items drawn from Q, with replacement, and the log of how often each is expected among them: [k]."""
+    drawn = rng.choice(len(Q), k, p=Q)
+    return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
+
+
 def draw_negatives(users, seen, item_count, rng):
     """A uniform item that the user has not seen, for each entry of `users`, indices: int64 of the same shape.
 
@@ -196,11 +202,11 @@ def train(args):
             count, negatives = int(real.sum()), ()
             if args.loss == "bce":
                 owner = np.repeat(users[batch], end[batch] - 1 - begin[batch])  # user of each position, [N]
-                negatives = [draw_negatives(np.tile(owner[:, None], k), seen, item_count, rng)]  # [N, k]
+                drawn = draw_negatives(np.tile(owner[:, None], k), seen, item_count, rng)
+                negatives = [torch.from_numpy(drawn)]  # [N, k]
             elif args.loss == "sampled":
-                drawn = rng.choice(len(Q), k, p=Q)
-                negatives = [drawn, np.log(k * Q[drawn])]
-            negatives = [torch.from_numpy(drawn).to(args.device) for drawn in negatives]
+                negatives = draw_shared(Q, k, rng)
+            negatives = [drawn.to(args.device) for drawn in negatives]
             _, output, item_vectors = model(ids, inputs)
             loss = LOSSES[args.loss](output[real], item_vectors, targets[real], *negatives)
             optimizer.zero_grad()
@@ -410,6 +416,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
+    if not 0 <= args.final_rate <= 1:
+        parser.error("--final-rate must lie in [0, 1]")
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

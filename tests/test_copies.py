@@ -32,7 +32,6 @@ def test_same_name_same_text(one, other):
 def test_what_scripts_share_is_there():
     has = {script: definitions(script).keys() for script in SCRIPTS}
     reading = {"read_interactions", "leave_one_out", "pad_batch", "rank_of_target", "sha256_of", "Help"}
-    assert all("proposal" in has[script] for script in ("sasrec_teacher", "adarec_search", "emd_distill"))
     training = {"training_part", "batches_of_like_length", "save_model", "report", "write"}
     layers = {
         "item_losses",
@@ -48,6 +47,7 @@ def test_what_scripts_share_is_there():
     assert all(training <= has[script] for script in has.keys() - {"prepare", "evaluate"})
     assert all("validate" in has[script] for script in has.keys() - {"prepare", "evaluate", "adarec_search"})
     assert all("load_model" in has[script] for script in has.keys() - {"prepare", "sasrec_teacher"})
+    assert {"proposal", "draw_shared"} <= has["sasrec_teacher"] & has["adarec_search"] & has["emd_distill"]
     assert layers | {"ask", "at_real"} <= has["adarec_search"] & has["emd_distill"]
     assert {"draw_negatives", "seen_in_training"} <= has["sasrec_teacher"] & has["bidirectional_distill"]
 

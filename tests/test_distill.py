@@ -227,6 +227,26 @@ def test_item_losses_are_their_formulas(gamma):
     torch.testing.assert_close(*slopes)
 
 
+def test_l_pred_survives_scores_that_are_far_from_0():
+    # a constant in one feature adds the same to all scores of a position: softmaxes stay, float32 suffers
+    torch.manual_seed(0)
+    output, vectors, target = torch.randn(50, 5), torch.randn(41, 5), torch.randint(1, 41, (50,))
+    output[:, 4], far = 1, vectors + torch.tensor([0, 0, 0, 0, 50.0])
+    assert abs(distill.item_losses(output, far, target, output, vectors, 0.5, 0.5)[2]) < 1e-5
+
+
+def test_a_remembered_teacher_is_asked_once():
+    torch.manual_seed(0)
+    teacher, asked, answers = Tower(2, 3, 4), [], {}
+    ids, items = torch.tensor([3, 1, 5]), torch.tensor([[4, 2, 0], [7, 0, 0], [1, 2, 3]])
+    ask = lambda users, items: asked.append(len(users)) or teacher(users, items)  # noqa: E731
+    for k in ([0, 1], [2], [2, 0, 1], [1, 2]):
+        batch = ids[k], items[k], ids[k].numpy()
+        remembered, fresh = distill.ask(ask, *batch, answers), distill.ask(teacher, *batch, None)
+        torch.testing.assert_close(remembered, fresh)
+    assert asked == [2, 1] and remembered[1].shape == (4, 4)
+
+
 def test_item_losses_never_hold_all_scores():
     output, vectors = torch.randn(4000, 4), torch.randn(40_001, 4)
     before, target = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, torch.randint(1, 40_001, (4000,))

@@ -177,6 +177,16 @@ def test_supernet_gives_exactly_no_gradient_to_the_future(supernet, relaxation):
         assert (gradient[:, t + 1 :] == 0).all() and (gradient[:, t].abs().sum(-1) > 0).all()
 
 
+def test_a_students_file_names_no_device(small, tmp_path):
+    # `.to(device)` moves its weights, and not what a node of its graph makes on a device of its own
+    edges = [["mean"], ["none", "none"], ["max_pool", "skip", "avg_pool"]]
+    given = {"cells": 1, "nodes": 3, "dim": 4, "edges": edges}
+    (tmp_path / "a.json").write_text(json.dumps(given))
+    run(small, "--architecture", tmp_path / "a.json", "--out", tmp_path / "b.json")
+    graph = torch.export.load(tmp_path / "b.pt2").graph
+    assert not [node for node in graph.nodes if "device" in node.kwargs]
+
+
 @pytest.mark.parametrize("cells", [1, 3])
 @pytest.mark.parametrize("edges", [DEEP, BARE, [["none"], ["skip", "conv3"]], MEAN])
 def test_receptive_field_is_what_gradients_say(float64, edges, cells):

@@ -260,7 +260,8 @@ def test_two_epochs_are_the_formulas(write_data, monkeypatch, float64, kind, k, 
         total, ranks = 0.0, []
         for batch in batches:
             negatives, loss, n = drawn[step][0].tolist() if k else [], 0.0, 0
-            assert kind != "sampled" or len(negatives) == k and {*negatives} == {*range(1, 13)}
+            if kind == "sampled":  # about as often as is said: the rarest is expected 94 times
+                assert np.bincount(negatives, minlength=13)[1:] == pytest.approx(count[1:], rel=0.5)
             for user in batch:
                 scores = by_hand(w, past[user][:-1], heads)[1] @ w["M.weight"].T
                 for r, target in zip(scores, past[user][1:], strict=True):

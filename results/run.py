@@ -2,6 +2,7 @@
 
     python results/run.py adarec                     # what is missing, one run after the other
     python results/run.py adarec --only 'games-*'    # of these names; with --list: show them
+    python results/run.py adarec --table             # what was found
 
 Data lie in data/ (data/README.md tells how to make them), models in runs/CLAIM/. A run that was
 interrupted leaves no JSON and is made again; one whose JSON is there, never: delete it to have it again.
@@ -10,6 +11,7 @@ interrupted leaves no JSON and is made again; one whose JSON is there, never: de
 import argparse
 import fnmatch
 import json
+import math
 import os
 import platform
 import shlex
@@ -27,60 +29,51 @@ RUNS = ROOT / "results" / "runs"
 # ---- AdaRec: a student that is smaller, faster and as good; made for its scene ---------------------------
 
 FALLING = "--final-rate 0 --patience 99"
-# per scene: SASRec as the teacher; the student's shape; the search; and its training, `short` where many
-# students that have no teacher are compared with each other
+SHAPE = "--cells 2 --nodes 2 --dim 64"
+# per scene: SASRec as the teacher, whose rate falls twice; the student's search; and its training, `short`
+# where many students that have no teacher are compared with each other
 SCENES = {
     "ml-1m": {
         "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 10",
         "restart": "--learning-rate 1e-3 --epochs 8",
         "build": "--max-length 200 --dropout 0.1",
-        "shape": "--cells 2 --nodes 2 --dim 64",
-        "search": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3 --remember",
-        "long": "--learning-rate 4e-3 --epochs 24 --negatives 512",
-        "longer": "--learning-rate 2e-3 --epochs 14",
+        "search": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3",
         "train": "--learning-rate 4e-3 --epochs 8 --negatives 512",
         "short": "--learning-rate 4e-3 --epochs 6 --negatives 512",
+        "long": "--learning-rate 4e-3 --epochs 24 --negatives 512",
+        "longer": "--learning-rate 2e-3 --epochs 14",
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",
         "restart": "--learning-rate 1e-3 --batch-size 128 --negatives 2048 --epochs 6",
-        "build": "",
-        "shape": "--cells 2 --nodes 2 --dim 64",
-        "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
-        "--negatives 2048 --remember",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
-        "short": "--learning-rate 2e-3 --batch-size 128 --epochs 4 --negatives 2048",
     },
     "beauty": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 8",
         "restart": "--learning-rate 1e-3 --batch-size 128 --negatives 2048 --epochs 5",
-        "build": "",
-        "shape": "--cells 2 --nodes 2 --dim 64",
-        "search": "--batch-size 128 --beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3 "
-        "--negatives 2048 --remember",
-        "train": "--learning-rate 2e-3 --batch-size 128 --epochs 8 --negatives 2048",
-        "short": "--learning-rate 2e-3 --batch-size 128 --epochs 4 --negatives 2048",
     },
 }
+AMAZON = "--learning-rate 2e-3 --batch-size 128 --negatives 2048"
+for options in (SCENES["games"], SCENES["beauty"]):
+    options["search"] = f"--beta 0.1 --epochs 8 --alpha-warm-up 3 {AMAZON}"
+    options |= {"build": "", "train": f"--epochs 8 {AMAZON}", "short": f"--epochs 4 {AMAZON}"}
 TAUGHT = {"emd": "", "none": "", "one-to-one": "--mapping one-to-one", "last": "--mapping last"}
 
 
-def student(scene, name, architecture, seed, options):
-    """Name and commands of a student of `architecture` that starts from random weights."""
+def student(scene, name, path, seed, options):
+    """Name and commands of a student of the architecture at `path` that starts from random weights."""
     start = f"runs/adarec/{scene}-{name}-{seed}-start"
-    source = f"--architecture {architecture} {SCENES[scene]['build']} --seed {seed}"
+    source = f"--architecture {path} {SCENES[scene]['build']} --seed {seed}"
     build = f"adarec_search.py data/{scene}.txt {source} --out {start}.json"
     train = f"emd_distill.py data/{scene}.txt --student {start}.pt2 {options} {FALLING} --seed {seed}"
     return f"{scene}-{name}-{seed}", [build, train]
 
 
-def moved(scene, other):
-    """An architecture file with the edges that were found on `other` and the width of `scene`."""
-    files = [ROOT / f"runs/adarec/{name}-search.json" for name in (scene, other)]
-    path = f"runs/adarec/{scene}-from-{other}.json"
-    if all(file.exists() for file in files):
-        mine, theirs = (json.loads(file.read_text()) for file in files)
-        (ROOT / path).write_text(json.dumps(theirs | {"dim": mine["dim"]}))
+def architecture(path, edges):
+    """Write the architecture file `path` unless it is there, of edges as a run's JSON has them; its path."""
+    if edges and not (ROOT / path).exists():
+        rows = [row.split(",") for row in edges.split(";")]
+        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / path).write_text(json.dumps({"cells": 2, "nodes": 2, "dim": 64, "edges": rows}))
     return path
 
 
@@ -88,43 +81,39 @@ def adarec():
     """Name and commands of each run, in order: a later one may read what an earlier one found."""
     for scene, options in SCENES.items():
         data, runs = f"data/{scene}.txt", f"runs/adarec/{scene}"
-        commands = [f"sasrec_teacher.py {data} {options['teacher']} {FALLING}"]
-        if "restart" in options:  # a second time from the rate's beginning
-            yield f"{scene}-teacher-1", commands
-            again = f"--student {runs}-teacher-1.pt2 {options['restart']}"
-            commands = [f"emd_distill.py {data} {again} {FALLING}"]
-        yield f"{scene}-teacher", commands
-        teacher = f"--teacher {runs}-teacher.pt2"
-        shape = f"{options['build']} {options['shape']}"
-        yield f"{scene}-search", [f"adarec_search.py {data} {teacher} {shape} {options['search']}"]
-        if "long" in options:  # and a second time from the rate's beginning, with all items
-            taught = f"{teacher} --remember"
-            yield student(scene, "long", f"{runs}-search.json", 0, f"{options['long']} {taught}")
+        yield f"{scene}-teacher-1", [f"sasrec_teacher.py {data} {options['teacher']} {FALLING}"]
+        again = f"--student {runs}-teacher-1.pt2 {options['restart']} {FALLING}"
+        yield f"{scene}-teacher", [f"emd_distill.py {data} {again}"]
+        taught = f"--teacher {runs}-teacher.pt2 --remember"
+        search = f"{taught} {options['build']} {SHAPE} {options['search']}"
+        yield f"{scene}-search", [f"adarec_search.py {data} {search}"]
+        found = architecture(f"{runs}-search.json", figures("adarec", f"{scene}-search").get("edges"))
+        if scene == "ml-1m":  # trained longer, twice; and one that sees the whole history, not 13 items
+            yield student(scene, "long", found, 0, f"{options['long']} {taught}")
             again = f"--student {runs}-long-0.pt2 {options['longer']} {taught} {FALLING}"
             yield f"{scene}-longer-0", [f"emd_distill.py {data} {again}"]
-            far = ROOT / f"{runs}-far.json"  # the search's sees 13 items; one that sees them all
-            far.parent.mkdir(parents=True, exist_ok=True)
-            edges = [["conv5"], ["mean", "dilated_conv5"]]
-            far.write_text(json.dumps({"cells": 2, "nodes": 2, "dim": 64, "edges": edges}))
-            yield student(scene, "far", f"{runs}-far.json", 0, f"{options['train']} {taught}")
+            far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
+            yield student(scene, "far", far, 0, f"{options['train']} {taught}")
         for seed in range(3):
             for name, mapping in TAUGHT.items():
-                taught = "" if name == "none" else f"{teacher} --remember {mapping}"
+                how = options["train"] + ("" if name == "none" else f" {taught} {mapping}")
                 if scene != "beauty" or name in ("emd", "none"):
-                    yield student(scene, name, f"{runs}-search.json", seed, f"{options['train']} {taught}")
+                    yield student(scene, name, found, seed, how)
     for seed in range(2):  # without a teacher: what was searched against chance, and against other scenes
         for scene, options in SCENES.items():
-            data, runs = f"data/{scene}.txt", f"runs/adarec/{scene}"
-            yield student(scene, "alone", f"{runs}-search.json", seed, options["short"])
-            cost = figures("adarec", f"{scene}-search").get("cost", "COST")
+            data, runs, short = f"data/{scene}.txt", f"runs/adarec/{scene}", options["short"]
+            searched = figures("adarec", f"{scene}-search")
+            yield student(scene, "alone", f"{runs}-search.json", seed, short)
             for k in range(5):
-                draw = f"{options['shape']} --random {cost} --seed {k} --out {runs}-chance{k}.json"
-                name, commands = student(
-                    scene, f"chance{k}", f"{runs}-chance{k}.json", seed, options["short"]
-                )
-                yield name, [f"adarec_search.py {data} {draw}", *commands]
-            for other in sorted(SCENES.keys() - {scene}):
-                yield student(scene, f"from-{other}", moved(scene, other), seed, options["short"])
+                draw = f"{options['build']} {SHAPE} --random {searched.get('cost', 'COST')} --seed {k}"
+                name, commands = student(scene, f"chance{k}", f"{runs}-chance{k}.json", seed, short)
+                draw = f"adarec_search.py {data} {draw} --out {runs}-chance{k}.json"
+                yield name, [draw, *commands]
+            for other in SCENES:
+                edges = figures("adarec", f"{other}-search").get("edges")
+                moved = architecture(f"{runs}-from-{other}.json", edges)
+                if other != scene:
+                    yield student(scene, f"from-{other}", moved, seed, short)
 
 
 def planted():
@@ -147,40 +136,37 @@ def ndcg(names):
 
 
 def spread(values):
-    """Mean, standard deviation and number of `values`, in a word."""
-    return (
-        f"{values.mean():.4f} ({values.std(ddof=1):.4f}, {len(values)})" if len(values) > 1 else f"{values}"
-    )
+    """Mean, and of several values their standard deviation and number."""
+    return f"{values.mean():.4f}" + f" ({values.std(ddof=1):.4f}, {len(values)})" * (len(values) > 1)
 
 
 def tables():
     """Print AdaRec's tables: mean test NDCG@10, its standard deviation over runs and their number."""
     for scene in SCENES:
         teacher, found = (figures("adarec", f"{scene}-{name}") for name in ("teacher", "search"))
-        student = figures("adarec", f"{scene}-emd-0")
-        if not student:
+        model = figures("adarec", f"{scene}-emd-0")
+        if not model:
             continue
         print(f"\n{scene}: teacher {teacher['NDCG@10']:.4f}, {teacher['macs']:,} multiply-adds; student of")
-        print(
-            f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / student['macs']:.1f}x fewer"
-        )
-        for name in TAUGHT:
+        print(f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / model['macs']:.1f}x fewer")
+        for name in [*TAUGHT, "long", "longer", "far"]:
             values = ndcg(f"{scene}-{name}-{seed}" for seed in range(3))
             if len(values):
                 print(
                     f"  {name:11} {spread(values)}, {values.mean() / teacher['NDCG@10']:.1%} of the teacher"
                 )
-        own = ndcg(f"{scene}-alone-{seed}" for seed in range(3))
-        chance = ndcg(f"{scene}-chance{k}-{seed}" for k in range(5) for seed in range(2))
-        if len(own) and len(chance):
-            p = stats.ttest_ind(own, chance, alternative="greater").pvalue
-            print(
-                f"  without a teacher, shorter: searched {spread(own)}, at random {spread(chance)}, p {p:.3f}"
-            )
-        for other in SCENES.keys() - {scene}:
-            moved = ndcg(f"{scene}-from-{other}-{seed}" for seed in range(3))
-            if len(moved):
-                print(f"  architecture of {other} {spread(moved)}")
+        own = ndcg(f"{scene}-alone-{seed}" for seed in range(2))
+        chance = [ndcg(f"{scene}-chance{k}-{seed}" for seed in range(2)) for k in range(5)]
+        chance = np.array([values.mean() for values in chance if len(values)])  # an architecture is one value
+        if len(own) and len(chance) > 1:
+            gap = (own.mean() - chance.mean()) / chance.std(ddof=1) / math.sqrt(1 + 1 / len(chance))
+            p = stats.t.sf(gap, len(chance) - 1)  # that an architecture of chance is as good
+            print(f"  no teacher, short: searched {spread(own)}; architectures at random {spread(chance)}")
+            print(f"    better than {(own.mean() > chance).sum()} of {len(chance)}, p {p:.2f}")
+        for other in SCENES:
+            values = ndcg(f"{scene}-from-{other}-{seed}" for seed in range(2))
+            if len(values):
+                print(f"    the architecture of {other} {spread(values)}")
 
 
 # ---- One run ---------------------------------------------------------------------------------------------

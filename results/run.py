@@ -137,7 +137,8 @@ def ndcg(names):
 
 def spread(values):
     """Mean, and of several values their standard deviation and number."""
-    return f"{values.mean():.4f}" + f" ({values.std(ddof=1):.4f}, {len(values)})" * (len(values) > 1)
+    more = f" ({values.std(ddof=1):.4f}, {len(values)})" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{more}"
 
 
 def tables():

@@ -57,7 +57,8 @@ def earlier(x, places):
     """x [..., T] as it was `back` places ago, 0 before its beginning, for each `back` in `places`."""
     longest = max(places)
     padded = F.pad(x, (longest, 0))
-    return [padded[..., longest - back : longest - back + x.shape[-1]] for back in places]
+    begins = [longest - back for back in places]
+    return [padded[..., b : b + x.shape[-1]] if b < longest else x for b in begins]
 
 
 def running_mean(x):

@@ -5,7 +5,8 @@
     python results/run.py adarec --table             # what was found
 
 Data lie in data/ (data/README.md tells how to make them), models in runs/CLAIM/. A run that was
-interrupted leaves no JSON and is made again; one whose JSON is there, never: delete it to have it again.
+interrupted leaves no JSON and is made again; one whose JSON is there, only with --again, as teachers need to be
+where runs/ was lost: --only '*-teacher*' --again.
 """
 
 import argparse
@@ -228,13 +229,14 @@ def main(argv=None):
     parser.add_argument("claims", nargs="+", choices=CLAIMS)
     parser.add_argument("--only", default="*", help="names of runs, as 'games-*'")
     parser.add_argument("--list", action="store_true", help="show what is missing, run nothing")
+    parser.add_argument("--again", action="store_true", help="also runs whose JSON is there")
     parser.add_argument("--table", action="store_true", help="print AdaRec's tables, run nothing")
     args = parser.parse_args(argv)
     if args.table:
         return tables()
     for claim in args.claims:
         for name, commands in CLAIMS[claim]():
-            if not fnmatch.fnmatch(name, args.only) or figures(claim, name):
+            if not fnmatch.fnmatch(name, args.only) or (figures(claim, name) and not args.again):
                 continue
             if args.list:
                 print(f"{claim}/{name}", *commands, sep="\n    ")

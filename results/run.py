@@ -4,9 +4,9 @@
     python results/run.py adarec --only 'games-*'    # of these names; with --list: show them
     python results/run.py adarec --table             # what was found
 
-Data lie in data/ (data/README.md tells how to make them), models in runs/CLAIM/. A run that was
-interrupted leaves no JSON and is made again; one whose JSON is there, only with --again, as teachers need to be
-where runs/ was lost: --only '*-teacher*' --again.
+Data lie in data/ (data/README.md tells how to make them), models in runs/CLAIM/. A run that was interrupted
+leaves no JSON and is made again; one whose JSON is there, only with --again, as teachers need to be where
+runs/ was lost: --only '*-teacher*' --again.
 """
 
 import argparse

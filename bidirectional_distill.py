@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TOP = 100  # of --sampling top: the other model's best items
+TOP = 100  # of --sampling top, the other model's best items; and where z is 0 with --base softmax
 KINDS = "teacher", "student"
 DIRECTIONS = {"both": (1, 1), "student-to-teacher": (1, 0), "teacher-to-student": (0, 1), "none": (0, 0)}
 
@@ -122,16 +122,22 @@ def last_state(output, items):
     return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
 
 
+def both_logits(states, item_vectors, items, negatives):
+    """z_i [N, 1] of the N observed `items`, z_j [N, k] of their negatives; states [B, T, e] score `items`."""
+    asked, real = torch.cat([items[..., None], negatives], -1), items > 0
+    z = logits(states[real], item_vectors, asked[real])  # one look-up: its gradient is as large as the table
+    return z[:, :1], z[:, 1:]
+
+
 def pairwise(output, item_vectors, items, negatives):
     """L_CF of BPR (Rendle et al., UAI 2009): -sum log sigma(z_ui - z_uj)."""
-    states, i, j = (x[items > 0] for x in (output, items[..., None], negatives))  # [N, e], [N, 1], [N, k]
-    return -F.logsigmoid(logits(states, item_vectors, i) - logits(states, item_vectors, j)).sum()
+    z_i, z_j = both_logits(output, item_vectors, items, negatives)
+    return -F.logsigmoid(z_i - z_j).sum()
 
 
 def pointwise(states, item_vectors, items, negatives):
-    """-sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]; states [B, T, e] are what scores `items`."""
-    states, i, j = (x[items > 0] for x in (states, items[..., None], negatives))  # [N, e], [N, 1], [N, k]
-    z_i, z_j = logits(states, item_vectors, i), logits(states, item_vectors, j)
+    """-sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]."""
+    z_i, z_j = both_logits(states, item_vectors, items, negatives)
     return -F.logsigmoid(z_i).sum() - F.logsigmoid(-z_j).sum()
 
 
@@ -146,7 +152,24 @@ def next_item(output, item_vectors, items, negatives):
     return pointwise(output[:, :-1], item_vectors, items[:, 1:], negatives[:, 1:])
 
 
-L_CF = {"bpr": pairwise, "cdae": of_user, "sequence": next_item}
+def next_of_all(output, item_vectors, items, negatives):
+    """L_CF of a sequence model that was trained with a softmax over all items: -sum log p_i."""
+    real = items[:, 1:] > 0
+    z = output[:, :-1][real] @ item_vectors[1:].T
+    return F.cross_entropy(z, items[:, 1:][real] - 1, reduction="sum")
+
+
+L_CF = {"bpr": pairwise, "cdae": of_user, "sequence": next_item, "softmax": next_of_all}
+
+
+def zero_of(base, state, item_vectors):
+    """What counts as z = 0 in L_BD: 0; with a softmax, which is blind to a constant, the user's own score at
+    rank TOP (ours). state [B, e] -> [B, 1].
+    """
+    if base != "softmax":
+        return torch.zeros_like(state[:, :1])
+    scores = (state @ item_vectors[1:].T).detach()
+    return scores.topk(min(TOP, scores.shape[1])).values[:, -1:]
 
 
 def L(l_cf, weight, l_bd):
@@ -162,11 +185,8 @@ class BPR(nn.Module):
 
     def __init__(self, user_count, item_count, dim):
         super().__init__()
-        self.p = nn.Embedding(user_count + 1, dim)
+        self.p = nn.Embedding(user_count + 1, dim)  # starts from N(0, 1), as published
         self.q = nn.Embedding(item_count + 1, dim, padding_idx=0)
-        nn.init.normal_(self.p.weight, std=0.01)
-        nn.init.normal_(self.q.weight, std=0.01)
-        self.q.weight.data[0] = 0
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [1, B, T, d], output [B, T, d], item_vectors [V+1, d]."""
@@ -209,18 +229,18 @@ BASES = {"bpr": BPR, "cdae": CDAE}
 class Learner:
     """A program that is trained: its two modules, optimizer, best epoch, and random numbers for negatives."""
 
-    def __init__(self, program, args, seed):
+    def __init__(self, program, args, side):
         # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
-        self.program, self.rng = program, np.random.default_rng(seed)
+        self.program, self.rng = program, np.random.default_rng([args.seed, side])
         self.model = with_dropout(program.module(), True).to(args.device)
         with_dropout(program.graph_module, False)  # should it have been exported in training
         self.judge = program.module().to(args.device)
-        self.restart(args)
+        self.restart(args.learning_rate, vars(args)[f"weight_decay_{KINDS[side]}"])
 
-    def restart(self, args):
-        """A new optimizer and no best epoch yet, as bidirectional training begins."""
-        self.best, rates = None, {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-        self.adam = torch.optim.Adam(self.model.parameters(), **rates, fused=True)
+    def restart(self, rate, decay):
+        """A new optimizer and no best epoch yet, as the warm-up and bidirectional training begin."""
+        self.best, parameters = None, self.model.parameters()
+        self.adam = torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
 
     def step(self, loss):
         """Follow the gradient of `loss`."""
@@ -275,7 +295,7 @@ def train(args):
             max_length = min(max_length, config["max_length"])
         else:
             program = export(BASES[args.base](*last_ids, args.dims[side]), max_length)
-        both.append(Learner(program, args, [args.seed, side]))
+        both.append(Learner(program, args, side))
     rng, drawing = np.random.default_rng([args.seed, 2]), np.random.default_rng([args.seed, 3])
     users, begin, end, judged = training_part(args.data, starts, max_length - 1, rng)
     seen = seen_in_training(user_ids, starts, items)
@@ -283,16 +303,18 @@ def train(args):
     if args.base == "bpr":
         pairs = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
         rows = np.repeat(users, end - begin), pairs, pairs + 1
-    observed = (rows[2] - rows[1] - (args.base == "sequence")).sum()
+    observed = (rows[2] - rows[1] - (args.base in ("sequence", "softmax"))).sum()
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     log, drawn, last = [], None, args.warm_up + args.epochs
-    weights = np.multiply(DIRECTIONS[args.direction], (args.lambda_teacher, args.lambda_student))
+    learns = DIRECTIONS[args.direction]
+    weights = np.multiply(learns, (args.lambda_teacher, args.lambda_student))
+    draws = weights.any() or (args.negatives == "drawn" and any(learns))
     for epoch in range(1, last + 1):
         tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
         if bd == 0:
             for learner in both:
-                learner.restart(args)
-        if bd >= 0 and weights.any() and bd % args.period == 0:
+                learner.restart(args.learning_rate, args.weight_decay)
+        if bd >= 0 and draws and bd % args.period == 0:
             coming = min(args.period, args.epochs - bd)
             drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
             line["renewal_seconds"] = time.time() - tick
@@ -301,17 +323,25 @@ def train(args):
             owner, b, e = (column[batch] for column in rows)
             ids = torch.from_numpy(user_ids[owner]).to(args.device)
             history, made, losses = pad_batch(items, b, e).to(args.device), [], []
-            for learner in both:
+            for side, learner in enumerate(both):
                 asked = np.broadcast_to(owner[:, None, None], (*history.shape, k))
                 negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], learner.rng))
+                taught = torch.zeros(len(batch), 0, dtype=torch.int64)
+                if drawn is not None and learns[side]:
+                    taught = pad_batch(drawn[side, bd % args.period], b * k, e * k).long()
+                    if args.negatives == "drawn":
+                        beside = taught.view_as(negatives)
+                        negatives = torch.where(beside > 0, beside, negatives)
                 _, output, item_vectors = learner.model(ids, history)
                 l_cf = L_CF[args.base](output, item_vectors, history, negatives.to(args.device))
-                made.append((l_cf, last_state(output, history), item_vectors))
+                made.append((l_cf, taught.to(args.device), last_state(output, history), item_vectors))
             for side, weight in enumerate(weights):
-                l_cf, l_bd = made[side][0], torch.zeros(())
-                if drawn is not None and weight:
-                    taught = pad_batch(drawn[side, bd % args.period], b * k, e * k).long().to(args.device)
-                    z_A, z_B = (logits(*made[s][1:], taught)[taught > 0] for s in (side, 1 - side))
+                (l_cf, taught, *_), l_bd = made[side], torch.zeros(())
+                if weight and taught.any():
+                    z_A, z_B = (
+                        (logits(*made[s][2:], taught) - zero_of(args.base, *made[s][2:]))[taught > 0]
+                        for s in (side, 1 - side)
+                    )
                     l_bd = bd_loss(z_A, z_B, args.temperature)
                 # sums, by the mean number of observed items: each counts alike, whatever its batch
                 losses.append(L(l_cf, weight, l_bd) * len(batches) / observed)
@@ -548,10 +578,12 @@ def report(out, log, left, began, mark=""):
 
 SETTINGS = {  # for bpr and cdae as published, for sequence models ours: the three defaults in --help
     "learning_rate": (float, 1e-3, 2e-3, 1e-3, "of Adam"),
-    "temperature": (float, 5.0, 2.0, 1.0, "tau: the other model's logits are divided by it"),
+    "temperature": (float, 5.0, 2.0, 1.0, "tau, divides the other's logits; inf: its label is 1/2"),
     "epsilon_exp": (float, 1e-4, 1e-4, 1e-3, "epsilon_e of p_S->T"),
     "epsilon_tanh": (float, 1e-2, 1e-4, 1e-2, "epsilon_t of p_T->S"),
     "batch_size": (int, 128, 128, 32, "observed pairs a step with bpr, else users"),
+    "weight_decay_teacher": (float, 7.8e-6, 3.4e-7, 0.0, "of Adam, warm-up; 1e-3 on published sums"),
+    "weight_decay_student": (float, 0.0, 3.4e-7, 0.0, "the same; 0 and 1e-3 as published"),
     "samples": (int, 1, 5, 1, "k: negatives, and drawn items in each direction, for each observed one"),
     "warm_up": (int, 1000, 1000, 0, "epochs alone, where no models are given"),
     "epochs": (int, 100, 1000, 20, "epochs together; if 0, the warmed up models are written"),
@@ -570,7 +602,7 @@ def main(argv=None):
     add("--teacher", help="trained model to go on from, with --student. Load only trusted ones")
     add("--student", help="trained model to go on from, with --teacher")
     add("--out", required=True, help="what OUT-teacher.pt2, OUT-student.pt2 and OUT.log.jsonl begin with")
-    add("--base", choices=L_CF, default="sequence", help="kind of both models: three defaults below")
+    add("--base", choices=L_CF, default="sequence", help="softmax: sequence models that learnt with one")
     dims = {"nargs": 2, "type": int, "default": [50, 5], "metavar": ("TEACHER", "STUDENT")}
     add("--dims", **dims, help="sizes of the vectors of a new bpr or cdae")
     for name, (kind, *defaults, what) in SETTINGS.items():
@@ -578,20 +610,21 @@ def main(argv=None):
         add(f"--{name.replace('_', '-')}", **options)
     add("--lambda-teacher", type=float, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
     add("--lambda-student", type=float, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
-    add("--weight-decay", type=float, default=0.0, help="of Adam")
+    add("--weight-decay", type=float, default=0.0, help="of Adam while both train")
     add("--period", type=int, default=10, help="p: epochs between renewals of the ranks")
     add("--direction", choices=DIRECTIONS, default="both", help="who teaches whom; none: both alone")
     add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that are taught")
     add("--sign", choices=["paper", "published"], default="paper", help="of the rank discrepancy")
+    add("--negatives", choices=["uniform", "drawn"], default="uniform", help="of L_CF, while both train")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if bool(args.teacher) != bool(args.student) or (args.base == "sequence" and not args.teacher):
+    if bool(args.teacher) != bool(args.student) or (args.base not in BASES and not args.teacher):
         parser.error("give --teacher and --student, two trained models, or --base bpr or cdae")
     for name, (_, *defaults, _) in SETTINGS.items():
         if name not in args:
             given = name == "warm_up" and args.teacher
-            setattr(args, name, 0 if given else dict(zip(L_CF, defaults, strict=True))[args.base])
+            setattr(args, name, 0 if given else defaults[min(2, list(L_CF).index(args.base))])
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -17,6 +17,7 @@ import bidirectional_distill as bd
 import evaluate
 import sasrec_teacher
 
+SEQUENCES = "sequence", "softmax"  # bases whose models were trained before
 WINDOW = 6  # max_length of the models here; some histories are longer
 # 22 users count through 25 items; the others: a training item twice; the validation item seen in training;
 # trained on, but not judged; judged, but not trained on; neither. Ids are not in order
@@ -38,7 +39,7 @@ def small(write_data):
 def module(base, dim, users=60):
     """A model of 25 items with weights large enough that each matters, not training."""
     torch.manual_seed(dim)
-    if base == "sequence":
+    if base in SEQUENCES:
         model = sasrec_teacher.SASRec(25, WINDOW + 1, dim, blocks=1, heads=1, dropout=0.2)
     else:
         model = bd.BASES[base](users, 25, dim)
@@ -53,7 +54,8 @@ def given(write_model):
     """A function: the options that give a base, and two model files of it; the teacher's takes more items."""
 
     def options(base, teacher=6, student=3):
-        keys = (base, teacher, WINDOW + 1), (base, student, WINDOW)
+        kind = "sequence" if base in SEQUENCES else base
+        keys = (kind, teacher, WINDOW + 1), (kind, student, WINDOW)
         for key in keys:
             if key not in FILES:
                 FILES[key] = write_model(module(*key[:2]), 25, key[2], "{}-{}-{}.pt2".format(*key))
@@ -94,7 +96,8 @@ def log_of(out):
 def settings(**changed):
     """What learners, `renew` and `probabilities` read of the command line."""
     sampling = {"sampling": "rank", "sign": "paper", "epsilon_exp": 0.05, "epsilon_tanh": 0.05}
-    training = {"device": "cpu", "samples": 2, "learning_rate": 0.1, "weight_decay": 0.0}
+    training = {"device": "cpu", "samples": 2, "learning_rate": 0.1, "seed": 0}
+    training |= {"weight_decay_teacher": 0.0, "weight_decay_student": 0.0}
     return SimpleNamespace(**(sampling | training | changed))
 
 
@@ -122,6 +125,9 @@ def test_losses_by_hand():
     loss.backward()
     assert z_S.grad is None  # the one who teaches does not learn
     assert z_T.grad.tolist() == pytest.approx(p - label, abs=1e-6)
+    z_T.grad = None
+    bd.bd_loss(z_T, z_S, np.inf).backward()  # the control whose labels say nothing
+    assert z_T.grad.tolist() == pytest.approx(p - 0.5, abs=1e-6)
 
 
 def test_ranks_equal_a_slow_implementation():
@@ -179,8 +185,14 @@ def test_where_the_teacher_is_nowhere_ahead_nothing_is_drawn(small, given, tmp_p
     ((drawn, share),) = renewal(small, [module("cdae", 6)] * 2, epochs=3)
     places = sum(len(window) for _, _, window in WINDOWS)
     assert np.count_nonzero(drawn[0]) == 3 * 2 * places and not drawn[1].any() and share == 0
-    run(small, *given("cdae", 3, 3), "--epochs", 1, "--learning-rate", 1e-9, "--out", tmp_path / "bd")
-    assert log_of(tmp_path / "bd")[0]["L_BD(S;T)"] == 0 < log_of(tmp_path / "bd")[0]["L_BD(T;S)"]
+    first = []
+    for of_l_cf in ("uniform", "drawn"):  # where nothing is drawn, negatives are uniform
+        options = [*given("cdae", 3, 3), "--epochs", 1, "--learning-rate", 1e-9, "--negatives", of_l_cf]
+        run(small, *options, "--out", tmp_path / "bd")
+        first += log_of(tmp_path / "bd")
+        assert first[-1]["L_BD(S;T)"] == 0 < first[-1]["L_BD(T;S)"]
+    assert first[0]["L_CF(S)"] == pytest.approx(first[1]["L_CF(S)"], rel=1e-6)
+    assert abs(first[0]["L_CF(T)"] - first[1]["L_CF(T)"]) > 1e-3
 
 
 def test_slices_of_users_make_no_difference(write_data):
@@ -220,7 +232,7 @@ def represent(base, model, w, user, history, kept=1.0):
 
     `kept` [T] is what each item counts in y_u of CDAE.
     """
-    if base == "sequence":
+    if base in SEQUENCES:
         _, output, item_vectors = functional_call(model, w, (None, history[None]))
         return output[0, :-1], output[0, -1], item_vectors
     if base == "bpr":
@@ -250,8 +262,11 @@ def test_model_file_is_the_formula_of_the_history_so_far(base):
     assert program(torch.tensor([1]), items[:1, :1])[1].shape[:2] == (1, 1)
 
 
-@pytest.mark.parametrize("base", bd.L_CF)
-def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monkeypatch):
+TRAININGS = [(base, "uniform") for base in bd.L_CF] + [("bpr", "drawn"), ("cdae", "drawn")]
+
+
+@pytest.mark.parametrize("base, of_l_cf", TRAININGS)
+def test_training_is_the_formulas_in_float64(base, of_l_cf, small, given, tmp_path, monkeypatch):
     made, options, rising = {}, given(base), itertools.count(1.0)
     for name in ("batches_of_like_length", "draw_negatives", "renew"):  # what is drawn, to be taken again
 
@@ -261,10 +276,12 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
 
         monkeypatch.setattr(bd, name, keep)
     monkeypatch.setattr(bd, "validate", lambda *_: (0.0, next(rising)))  # so that the last epoch is saved
-    if base == "sequence":  # without dropout; that of cdae is drawn again below
+    if base in SEQUENCES:  # without dropout; that of cdae is drawn again below
         monkeypatch.setattr(bd, "with_dropout", lambda module, on: module)
-    numbers = "--samples 2 --learning-rate 0.02 --weight-decay 0.03 --temperature 3 --warm-up 2 --epochs 3"
-    numbers += " --period 2 --lambda-teacher 0.7 --lambda-student 1.6 --batch-size"
+    monkeypatch.setattr(bd, "TOP", 4)
+    numbers = "--samples 2 --learning-rate 0.02 --temperature 3 --warm-up 2 --epochs 3 --period 2"
+    numbers += " --weight-decay-teacher 0.03 --weight-decay-student 0.3 --weight-decay 0.1"
+    numbers += f" --lambda-teacher 0.7 --lambda-student 1.6 --negatives {of_l_cf} --batch-size"
     run(small, *options, "--out", tmp_path / "bd", *numbers.split(), 30 if base == "bpr" else 5)
 
     models = [module(base, dim).double() for dim in (6, 3)]
@@ -272,13 +289,17 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
     log, negatives, asked, rows = log_of(tmp_path / "bd"), iter(made["draw_negatives"]), set(), WINDOWS
     if base == "bpr":
         rows = [(user, b + t, [item]) for user, b, window in WINDOWS for t, item in enumerate(window)]
-    observed = sum(len(window) - (base == "sequence") for _, _, window in rows)
+    observed = sum(len(window) - (base in SEQUENCES) for _, _, window in rows)
     assert len(made["renew"]) == 2 and len(log) == len(made["batches_of_like_length"]) == 5
     torch.manual_seed(0)
     for epoch, batches in enumerate(made["batches_of_like_length"]):
         assert sorted(np.concatenate(batches)) == list(range(len(rows))) and len(batches) > 3
         if epoch in (0, 2):
-            adams = [torch.optim.Adam(w.values(), 0.02, weight_decay=0.03) for w in weights]
+            decays = (0.1, 0.1) if epoch else (0.03, 0.3)  # while both train, and before
+            adams = [
+                torch.optim.Adam(w.values(), 0.02, weight_decay=decay)
+                for w, decay in zip(weights, decays, strict=True)
+            ]
         sums = np.zeros(4)
         for batch in batches:
             l_cf, l_bd = [torch.zeros(())] * 2, [torch.zeros(())] * 2  # of teacher and student
@@ -291,18 +312,26 @@ def test_training_is_the_formulas_in_float64(base, small, given, tmp_path, monke
                     found.append(represent(base, model, w, user, torch.tensor(window), mask[row, first]))
                 for side, (states, r_A, vectors_A) in enumerate(found):
                     asked |= {(user, item) for item in both[side][row].flatten().tolist()}
-                    i, j = (x[base == "sequence" : len(window)] for x in (window, both[side][row]))
-                    z_i, z_j = (states * vectors_A[i]).sum(-1), (states[:, None] * vectors_A[j]).sum(-1)
-                    terms = z_i.sigmoid(), 1 - z_j.sigmoid()
-                    if base == "bpr":
-                        terms = [(z_i[:, None] - z_j).sigmoid()]
-                    l_cf[side] = l_cf[side] - sum(term.log().sum() for term in terms)
+                    i, j = window, both[side][row, : len(window)]
                     if epoch >= 2:
                         drawn, (_, r_B, vectors_B) = made["renew"][epoch // 2 - 1][0], found[1 - side]
                         taught = drawn[side, epoch % 2, 2 * b : 2 * (b + len(window))]
-                        label = (vectors_B[taught] @ r_B / 3).sigmoid().detach()
-                        a = (vectors_A[taught] @ r_A).sigmoid()
+                        z_A, z_B = vectors_A[taught] @ r_A, vectors_B[taught] @ r_B
+                        if base == "softmax":  # the fourth best is at 0
+                            z_A = z_A - (vectors_A[1:] @ r_A).detach().sort().values[-4]
+                            z_B = z_B - (vectors_B[1:] @ r_B).sort().values[-4]
+                        label, a = (z_B / 3).sigmoid().detach(), z_A.sigmoid()
                         l_bd[side] = l_bd[side] - (label * a.log() + (1 - label) * (1 - a).log()).sum()
+                        if of_l_cf == "drawn":
+                            beside = torch.from_numpy(taught.reshape(-1, 2))
+                            j = torch.where(beside > 0, beside, j)
+                    if base in SEQUENCES:
+                        i, j = i[1:], j[1:]
+                    z_i, z_j = (states * vectors_A[i]).sum(-1), (states[:, None] * vectors_A[j]).sum(-1)
+                    terms = {"bpr": [(z_i[:, None] - z_j).sigmoid()]}
+                    terms["softmax"] = [z_i.exp() / (states @ vectors_A[1:].T).exp().sum(-1)]
+                    terms = terms.get(base, [z_i.sigmoid(), 1 - z_j.sigmoid()])
+                    l_cf[side] = l_cf[side] - sum(term.log().sum() for term in terms)
             for side, adam in enumerate(adams):
                 adam.zero_grad()
                 ((l_cf[side] + (0.7, 1.6)[side] * l_bd[side]) / (observed / len(batches))).backward()
@@ -373,7 +402,7 @@ def test_a_gru_learns_as_the_student_of_a_sasrec(small, given, write_gru, tmp_pa
 def test_alone_is_alone_bit_for_bit(small, given, tmp_path, base):
     variants = {"none": ["--direction=none"], "zero": ["--lambda-teacher=0"]}
     variants |= {"down": ["--direction=teacher-to-student"], "up": ["--direction=student-to-teacher"]}
-    if base != "sequence":  # there, dropout takes the random numbers that the other one's has left
+    if base not in SEQUENCES:  # there, dropout takes the random numbers that the other one's has left
         variants["other"] = ["--direction=none", *given(base, 6, 4)]
     w = {}
     for name, options in variants.items():
@@ -400,7 +429,7 @@ def test_switches_change_the_result(small, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bd, "TOP", 5)  # of 25 items
     common, results = [small, *given("bpr"), "--epochs", 3, "--period", 2, "--learning-rate", 0.05], []
     variants = ["", "--sign published", "--sampling uniform", "--sampling top", "--epsilon-exp 1"]
-    for changed in [*variants, "--epsilon-tanh 1"]:
+    for changed in [*variants, "--epsilon-tanh 1", "--negatives drawn", "--temperature inf"]:
         run(*common, *changed.split(), "--out", tmp_path / "bd")
         results.append([log_of(tmp_path / "bd")[-1][part] for part in ("L_CF(T)", "L_CF(S)", "L_BD(T;S)")])
     assert all(one != other for one, other in itertools.combinations(results, 2))

@@ -130,7 +130,43 @@ def planted():
             yield f"lag-{lag}-{seed}", [scene, f"adarec_search.py {d} --cells 1 --nodes 1 --seed {seed}"]
 
 
-CLAIMS = {"adarec": adarec, "planted": planted}
+# ---- Bidirectional distillation: do both models gain? -----------------------------------------------------
+
+PUBLISHED = "--sign published --negatives drawn"
+TOGETHER = {  # how both models go on from the same warm-up
+    "alone": "--direction none",
+    "published": PUBLISHED,
+    "published-half": f"{PUBLISHED} --temperature inf",
+    "published-lambda-0": f"{PUBLISHED} --lambda-teacher 0 --lambda-student 0",
+    "published-uniform": "--sign published",
+    "paper": "",
+    "uniform": "--sampling uniform",
+    "top": "--sampling top",
+}
+DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published sums, and on our means
+
+
+def bidirectional():
+    """BPR and CDAE on citeulike in the published regime: a warm-up, and each way to go on from it; and BPR's
+    student with a decay from the beginning, which is chosen on validation: is there a gain left for it?
+    """
+    for base, seed in (("bpr", 0), ("bpr", 1), ("bpr", 2), ("cdae", 0)):
+        script = f"bidirectional_distill.py data/citeulike.txt --base {base} --seed {seed}"
+        teacher = f"--teacher runs/bidirectional/{base}-start-{seed}-teacher.pt2"
+        yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
+        for name, options in TOGETHER.items():
+            student = f"--student runs/bidirectional/{base}-start-{seed}-student.pt2"
+            yield f"{base}-{name}-{seed}", [f"{script} {teacher} {student} {options}"]
+        for name, decay in DECAYS.items() if base == "bpr" else ():
+            alone = f"{script} --dims 1 5 --epochs 0 --weight-decay-student {decay}"
+            yield f"{base}-decay-{name}-{seed}", [alone]
+            student = f"--student runs/bidirectional/{base}-decay-{name}-{seed}-student.pt2"
+            for how in ("alone", "published"):
+                options = f"{TOGETHER[how]} --weight-decay {decay}"
+                yield f"{base}-{how}-decay-{name}-{seed}", [f"{script} {teacher} {student} {options}"]
+
+
+CLAIMS = {"adarec": adarec, "planted": planted, "bidirectional": bidirectional}
 
 # ---- Tables of what was run ------------------------------------------------------------------------------
 
@@ -188,7 +224,8 @@ def make(claim, name, commands, data):
     """Run `commands`, the last of which writes runs/CLAIM/NAME; write their JSON with the model's figures."""
     model = f"runs/{claim}/{name}.pt2"
     out = model.replace(".pt2", ".json") if commands[-1].startswith("adarec_search") else model
-    commands = [*commands[:-1], f"{commands[-1]} --out {out}"]
+    stem = out.removesuffix(".pt2") if commands[-1].startswith("bidirectional") else out
+    commands = [*commands[:-1], f"{commands[-1]} --out {stem}"]
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     found = {"commands": [" ".join(f"python {c}".split()) for c in commands], "commit": git.stdout.strip()}
     tick, peak = time.time(), 0
@@ -207,19 +244,44 @@ def make(claim, name, commands, data):
         found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
         printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
         found["cost"] = float(printed.split("cost ")[-1].split(",")[0])
+    elif commands[-1].startswith("bidirectional"):
+        found |= both_models(out.removesuffix(".pt2"), data)
     else:
         log = [json.loads(line) for line in (ROOT / f"{out}.log.jsonl").read_text().splitlines()]
         found["valid"] = max(line["NDCG@10"] for line in log)
         start = ROOT / out.replace(".pt2", "-start.json")
         if start.exists():
             found["edges"] = ";".join(",".join(row) for row in json.loads(start.read_text())["edges"])
-        command = [sys.executable, "evaluate.py", data, out, "--at", "10", "--json"]
-        report = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]
+        report = evaluated(data, out, [10])
         found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
     path = RUNS / claim / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{name}: {found['seconds'] / 60:.1f} min", found.get("edges") or found["NDCG@10"], flush=True)
+    print(f"{name}: {found['seconds'] / 60:.1f} min", found.get("edges") or found.get("NDCG@10"), flush=True)
+
+
+def evaluated(data, model, at):
+    """What evaluate.py finds of a model on the test items."""
+    command = [sys.executable, "evaluate.py", data, model, "--at", *map(str, at), "--json"]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]
+
+
+def both_models(stem, data):
+    """Test figures of teacher and student at 50, 100 and 200, and as the notebooks of the paper count them:
+    there a rank is below K, not at most K, and a place is discounted as the next one would be.
+    """
+    log = [json.loads(line) for line in (ROOT / f"{stem}.log.jsonl").read_text().splitlines()]
+    better = [line["student_better"] for line in log if "student_better" in line]
+    found, cuts = {"student_better": better}, (50, 100, 200)
+    for kind in ("teacher", "student"):
+        report = evaluated(data, f"{stem}-{kind}.pt2", range(1, max(cuts) + 1))
+        found[kind] = {f"{name}@{k}": report[f"{name}@{k}"] for name in ("HR", "NDCG") for k in (10, *cuts)}
+        found[kind]["valid"] = max(line.get(f"{kind}_NDCG@10", 0) for line in log)
+        hit = np.diff([0.0] + [report[f"HR@{k}"] for k in range(1, max(cuts) + 1)])  # share of each rank
+        gain = hit / np.log2(np.arange(len(hit)) + 3)
+        found[kind] |= {f"published HR@{k}": hit[: k - 1].sum() for k in cuts}
+        found[kind] |= {f"published NDCG@{k}": gain[: k - 1].sum() for k in cuts}
+    return found
 
 
 def threads():

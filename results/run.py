@@ -29,16 +29,18 @@ RUNS = ROOT / "results" / "runs"
 
 # ---- AdaRec: a student that is smaller, faster and as good; made for its scene ---------------------------
 
+SEARCH = "--beta 0.1 --epochs 8 --alpha-warm-up 3 --learning-rate 2e-3"
 FALLING = "--final-rate 0 --patience 99"
 SHAPE = "--cells 2 --nodes 2 --dim 64"
-# per scene: SASRec as the teacher, whose rate falls twice; the student's search; and its training, `short`
-# where many students that have no teacher are compared with each other
+# per scene: SASRec as the teacher, whose rate falls twice; the student's search, once with the teacher and
+# once without; and its training, `short` where many students that have no teacher are compared
 SCENES = {
     "ml-1m": {
         "teacher": "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 10",
         "restart": "--learning-rate 1e-3 --epochs 8",
         "build": "--max-length 200 --dropout 0.1",
-        "search": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3",
+        "with": "--batch-size 64 --beta 0.05 --epochs 6 --alpha-warm-up 2 --learning-rate 2e-3",
+        "without": f"--batch-size 16 {SEARCH} --negatives 512",
         "train": "--learning-rate 4e-3 --epochs 8 --negatives 512",
         "short": "--learning-rate 4e-3 --epochs 6 --negatives 512",
         "long": "--learning-rate 4e-3 --epochs 24 --negatives 512",
@@ -55,7 +57,7 @@ SCENES = {
 }
 AMAZON = "--learning-rate 2e-3 --batch-size 128 --negatives 2048"
 for options in (SCENES["games"], SCENES["beauty"]):
-    options["search"] = f"--beta 0.1 --epochs 8 --alpha-warm-up 3 {AMAZON}"
+    options["with"] = options["without"] = f"{SEARCH} --batch-size 128 --negatives 2048"
     options |= {"build": "", "train": f"--epochs 8 {AMAZON}", "short": f"--epochs 4 {AMAZON}"}
 TAUGHT = {"emd": "", "none": "", "one-to-one": "--mapping one-to-one", "last": "--mapping last"}
 
@@ -70,12 +72,23 @@ def student(scene, name, path, seed, options):
 
 
 def architecture(path, edges):
-    """Write the architecture file `path` unless it is there, of edges as a run's JSON has them; its path."""
-    if edges and not (ROOT / path).exists():
+    """Write the architecture file `path`, of edges as a run's JSON has them; its path."""
+    if edges:
         rows = [row.split(",") for row in edges.split(";")]
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / path).write_text(json.dumps({"cells": 2, "nodes": 2, "dim": 64, "edges": rows}))
     return path
+
+
+def chosen(scene):
+    """The search, "with" its teacher or "without", whose student validates better when trained alone."""
+    valid = {n: figures("adarec", f"{scene}-search-{n}-alone-0").get("valid", 0) for n in ("with", "without")}
+    return max(valid, key=valid.get)
+
+
+def edges_of(scene, name=None):
+    """The edges that a search found; of both, those that were chosen; None if it was not made."""
+    return figures("adarec", f"{scene}-search-{name or chosen(scene)}").get("edges")
 
 
 def adarec():
@@ -86,9 +99,12 @@ def adarec():
         again = f"--student {runs}-teacher-1.pt2 {options['restart']} {FALLING}"
         yield f"{scene}-teacher", [f"emd_distill.py {data} {again}"]
         taught = f"--teacher {runs}-teacher.pt2 --remember"
-        search = f"{taught} {options['build']} {SHAPE} {options['search']}"
-        yield f"{scene}-search", [f"adarec_search.py {data} {search}"]
-        found = architecture(f"{runs}-search.json", figures("adarec", f"{scene}-search").get("edges"))
+        for name, teacher in (("with", taught), ("without", "")):
+            search = f"{teacher} {options['build']} {SHAPE} {options[name]}"
+            yield f"{scene}-search-{name}", [f"adarec_search.py {data} {search}"]
+            tried = architecture(f"{runs}-search-{name}.json", edges_of(scene, name))
+            yield student(scene, f"search-{name}-alone", tried, 0, options["short"])
+        found = architecture(f"{runs}-search.json", edges_of(scene))
         if scene == "ml-1m":  # trained longer, twice; and one that sees the whole history, not 13 items
             yield student(scene, "long", found, 0, f"{options['long']} {taught}")
             again = f"--student {runs}-long-0.pt2 {options['longer']} {taught} {FALLING}"
@@ -96,8 +112,7 @@ def adarec():
             far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
             yield student(scene, "far", far, 0, f"{options['train']} {taught}")
         if scene == "games":  # the architecture that was searched on beauty, with a teacher
-            edges = figures("adarec", "beauty-search").get("edges")
-            moved = architecture(f"{runs}-from-beauty.json", edges)
+            moved = architecture(f"{runs}-from-beauty.json", edges_of("beauty"))
             yield student(scene, "beauty-emd", moved, 0, f"{options['train']} {taught}")
         for seed in range(3):
             for name, mapping in TAUGHT.items():
@@ -107,16 +122,15 @@ def adarec():
     for seed in range(2):  # without a teacher: what was searched against chance, and against other scenes
         for scene, options in SCENES.items():
             data, runs, short = f"data/{scene}.txt", f"runs/adarec/{scene}", options["short"]
-            searched = figures("adarec", f"{scene}-search")
-            yield student(scene, "alone", f"{runs}-search.json", seed, short)
+            yield student(scene, f"search-{chosen(scene)}-alone", f"{runs}-search.json", seed, short)
+            cost = figures("adarec", f"{scene}-search-{chosen(scene)}").get("cost", "COST")
             for k in range(5):
-                draw = f"{options['build']} {SHAPE} --random {searched.get('cost', 'COST')} --seed {k}"
+                draw = f"{options['build']} {SHAPE} --random {cost} --seed {k}"
                 name, commands = student(scene, f"chance{k}", f"{runs}-chance{k}.json", seed, short)
                 draw = f"adarec_search.py {data} {draw} --out {runs}-chance{k}.json"
                 yield name, [draw, *commands]
             for other in SCENES:
-                edges = figures("adarec", f"{other}-search").get("edges")
-                moved = architecture(f"{runs}-from-{other}.json", edges)
+                moved = architecture(f"{runs}-from-{other}.json", edges_of(other))
                 if other != scene:
                     yield student(scene, f"from-{other}", moved, seed, short)
 
@@ -185,7 +199,8 @@ def spread(values):
 def tables():
     """Print AdaRec's tables: mean test NDCG@10, its standard deviation over runs and their number."""
     for scene in SCENES:
-        teacher, found = (figures("adarec", f"{scene}-{name}") for name in ("teacher", "search"))
+        teacher = figures("adarec", f"{scene}-teacher")
+        found = figures("adarec", f"{scene}-search-{chosen(scene)}")
         model = figures("adarec", f"{scene}-emd-0")
         if not model:
             continue
@@ -197,7 +212,7 @@ def tables():
                 print(
                     f"  {name:11} {spread(values)}, {values.mean() / teacher['NDCG@10']:.1%} of the teacher"
                 )
-        own = ndcg(f"{scene}-alone-{seed}" for seed in range(2))
+        own = ndcg(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2))
         chance = [ndcg(f"{scene}-chance{k}-{seed}" for seed in range(2)) for k in range(5)]
         chance = np.array([values.mean() for values in chance if len(values)])  # an architecture is one value
         if len(own) and len(chance) > 1:

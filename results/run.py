@@ -111,6 +111,7 @@ def adarec():
             yield f"{scene}-longer-0", [f"emd_distill.py {data} {again}"]
             far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
             yield student(scene, "far", far, 0, f"{options['train']} {taught}")
+            yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")
         if scene == "games":  # the architecture that was searched on beauty, with a teacher
             moved = architecture(f"{runs}-from-beauty.json", edges_of("beauty"))
             yield student(scene, "beauty-emd", moved, 0, f"{options['train']} {taught}")
@@ -206,7 +207,7 @@ def tables():
             continue
         print(f"\n{scene}: teacher {teacher['NDCG@10']:.4f}, {teacher['macs']:,} multiply-adds; student of")
         print(f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / model['macs']:.1f}x fewer")
-        for name in [*TAUGHT, "long", "longer", "far", "beauty-emd"]:
+        for name in [*TAUGHT, "long", "longer", "far", "far-long", "beauty-emd"]:
             values = ndcg(f"{scene}-{name}-{seed}" for seed in range(3))
             if len(values):
                 print(

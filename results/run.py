@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,7 @@ def spread(values):
     return f"{values.mean():.4f}{more}"
 
 
-def tables():
+def adarec_table():
     """Print AdaRec's tables: mean test NDCG@10, its standard deviation over runs and their number."""
     for scene in SCENES:
         teacher = figures("adarec", f"{scene}-teacher")
@@ -226,6 +227,35 @@ def tables():
             if len(values):
                 print(f"    the architecture of {other} {spread(values)}")
 
+
+def bidirectional_table():
+    """Print HR@50 and NDCG@50 of both models, as we count them and as the notebooks do, means over seeds."""
+    for base in ("bpr", "cdae"):
+        found = {}
+        for name, _ in bidirectional():
+            run, how = figures("bidirectional", name), name.removeprefix(f"{base}-").rsplit("-", 1)[0]
+            if run and name.startswith(base):
+                found.setdefault(how, []).append(run)
+        for how, runs in found.items():
+            columns = [f"{base:4} {how:24}"]
+            for kind in ("teacher", "student"):
+                for counted in ("", "published "):
+                    keys = (f"{counted}HR@50", f"{counted}NDCG@50")
+                    means = [f"{np.mean([run[kind][key] for run in runs]):.4f}" for key in keys]
+                    columns.append(" / ".join(means))
+            print("  ".join(columns), f"({len(runs)})")
+
+
+def planted_table():
+    """Print which operations the searches of each planted lag found, and how often."""
+    for lag in (2, 4, 6):
+        found = Counter(
+            figures("planted", f"lag-{lag}-{seed}").get("edges", "not made") for seed in range(10)
+        )
+        print(f"lag {lag}:", ", ".join(f"{edges} {count}" for edges, count in found.most_common()))
+
+
+TABLES = {"adarec": adarec_table, "planted": planted_table, "bidirectional": bidirectional_table}
 
 # ---- One run ---------------------------------------------------------------------------------------------
 
@@ -312,11 +342,12 @@ def main(argv=None):
     parser.add_argument("--only", default="*", help="names of runs, as 'games-*'")
     parser.add_argument("--list", action="store_true", help="show what is missing, run nothing")
     parser.add_argument("--again", action="store_true", help="also runs whose JSON is there")
-    parser.add_argument("--table", action="store_true", help="print AdaRec's tables, run nothing")
+    parser.add_argument("--table", action="store_true", help="print what was found, run nothing")
     args = parser.parse_args(argv)
-    if args.table:
-        return tables()
     for claim in args.claims:
+        if args.table:
+            TABLES[claim]()
+            continue
         for name, commands in CLAIMS[claim]():
             if not fnmatch.fnmatch(name, args.only) or (figures(claim, name) and not args.again):
                 continue

@@ -10,8 +10,8 @@ much their rankings disagree:
 
 Reads   interactions, `user item` a row (data/README.md); two model files (README.md, "The model file"): any
         two sequence models that were trained already, or with --base bpr or cdae two that this script wrote.
-Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch together whose validation NDCG@10 was best; and
-        OUT.log.jsonl, a line an epoch.
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch together whose validation NDCG@10 was best, or
+        with --epochs 0 as they are after the warm-up; and OUT.log.jsonl, a line an epoch.
 Shapes  B users (bpr: pairs of user and item), T positions, e features of an output, V items, item 0 padding;
         for each observed item k negatives, and k drawn items in each direction.
 
@@ -38,7 +38,6 @@ from torch import nn
 
 TOP = 100  # of --sampling top, the other model's best items; and where z is 0 with --base softmax
 KINDS = "teacher", "student"
-DIRECTIONS = {"both": (1, 1), "student-to-teacher": (1, 0), "teacher-to-student": (0, 1), "none": (0, 0)}
 
 # ---- Rank-discrepancy-aware sampling (section 3.2) -------------------------------------------------------
 
@@ -118,7 +117,7 @@ def logits(states, item_vectors, items):
 
 
 def last_state(output, items):
-    """The output [B, e] after the last item of each history."""
+    """The output [B, e] after the last item of each history: what validation ranks by, and L_BD teaches."""
     return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
 
 
@@ -164,11 +163,11 @@ L_CF = {"bpr": pairwise, "cdae": of_user, "sequence": next_item, "softmax": next
 
 def zero_of(base, state, item_vectors):
     """What counts as z = 0 in L_BD: 0; with a softmax, which is blind to a constant, the user's own score at
-    rank TOP (ours). state [B, e] -> [B, 1].
+    rank TOP of all items (ours). state [B, e] -> [B, 1].
     """
     if base != "softmax":
         return torch.zeros_like(state[:, :1])
-    scores = (state @ item_vectors[1:].T).detach()
+    scores = state.detach() @ item_vectors.detach()[1:].T
     return scores.topk(min(TOP, scores.shape[1])).values[:, -1:]
 
 
@@ -205,10 +204,10 @@ class CDAE(nn.Module):
         super().__init__()
         self.W = nn.Embedding(item_count + 1, dim, padding_idx=0)
         self.v = nn.Embedding(user_count + 1, dim)
-        self.b = nn.Parameter(torch.zeros(dim))
+        self.b = nn.Parameter(torch.empty(dim))
         self.w_and_b = nn.Parameter(torch.empty(item_count + 1, dim + 1))  # w'_i, and b'_i as the last column
-        nn.init.uniform_(self.W.weight, -1 / math.sqrt(item_count), 1 / math.sqrt(item_count))
-        nn.init.uniform_(self.w_and_b, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+        for weights, inputs in ((self.W.weight, item_count), (self.b, item_count), (self.w_and_b, dim)):
+            nn.init.uniform_(weights, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
         self.W.weight.data[0] = 0
 
     def forward(self, users, items):
@@ -235,7 +234,7 @@ class Learner:
         self.model = with_dropout(program.module(), True).to(args.device)
         with_dropout(program.graph_module, False)  # should it have been exported in training
         self.judge = program.module().to(args.device)
-        self.restart(args.learning_rate, vars(args)[f"weight_decay_{KINDS[side]}"])
+        self.restart(args.learning_rate, args.warm_up_weight_decay[side])
 
     def restart(self, rate, decay):
         """A new optimizer and no best epoch yet, as the warm-up and bidirectional training begin."""
@@ -306,14 +305,13 @@ def train(args):
     observed = (rows[2] - rows[1] - (args.base in ("sequence", "softmax"))).sum()
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     log, drawn, last = [], None, args.warm_up + args.epochs
-    learns = DIRECTIONS[args.direction]
-    weights = np.multiply(learns, (args.lambda_teacher, args.lambda_student))
-    draws = weights.any() or (args.negatives == "drawn" and any(learns))
+    weights, both_ways = (args.lambda_teacher, args.lambda_student), args.direction == "both"
+    draws = both_ways and (any(weights) or args.negatives == "drawn")
     for epoch in range(1, last + 1):
         tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
         if bd == 0:
-            for learner in both:
-                learner.restart(args.learning_rate, args.weight_decay)
+            for learner, decay in zip(both, args.weight_decay, strict=True):
+                learner.restart(args.learning_rate, decay)
         if bd >= 0 and draws and bd % args.period == 0:
             coming = min(args.period, args.epochs - bd)
             drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
@@ -327,21 +325,20 @@ def train(args):
                 asked = np.broadcast_to(owner[:, None, None], (*history.shape, k))
                 negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], learner.rng))
                 taught = torch.zeros(len(batch), 0, dtype=torch.int64)
-                if drawn is not None and learns[side]:
+                if drawn is not None:
                     taught = pad_batch(drawn[side, bd % args.period], b * k, e * k).long()
                     if args.negatives == "drawn":
                         beside = taught.view_as(negatives)
                         negatives = torch.where(beside > 0, beside, negatives)
                 _, output, item_vectors = learner.model(ids, history)
                 l_cf = L_CF[args.base](output, item_vectors, history, negatives.to(args.device))
-                made.append((l_cf, taught.to(args.device), last_state(output, history), item_vectors))
+                state = last_state(output, history), item_vectors
+                made.append((l_cf, taught.to(args.device), state, zero_of(args.base, *state)))
             for side, weight in enumerate(weights):
                 (l_cf, taught, *_), l_bd = made[side], torch.zeros(())
-                if weight and taught.any():
-                    z_A, z_B = (
-                        (logits(*made[s][2:], taught) - zero_of(args.base, *made[s][2:]))[taught > 0]
-                        for s in (side, 1 - side)
-                    )
+                if drawn is not None and weight:
+                    pair = made[side], made[1 - side]
+                    z_A, z_B = ((logits(*state, taught) - zero)[taught > 0] for *_, state, zero in pair)
                     l_bd = bd_loss(z_A, z_B, args.temperature)
                 # sums, by the mean number of observed items: each counts alike, whatever its batch
                 losses.append(L(l_cf, weight, l_bd) * len(batches) / observed)
@@ -359,7 +356,8 @@ def train(args):
         for kind, learner in zip(KINDS, both, strict=True):
             about = user_ids, starts, items, judged, max_length, args.device
             line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
-            if learner.best is None or ndcg > learner.best["NDCG@10"]:
+            # what warmed up is what bidirectional training goes on from, as published: no best epoch
+            if learner.best is None or bd < 0 or ndcg > learner.best["NDCG@10"]:
                 learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
                 made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
                 save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
@@ -576,14 +574,13 @@ def report(out, log, left, began, mark=""):
 
 # ---- The command line ------------------------------------------------------------------------------------
 
-SETTINGS = {  # for bpr and cdae as published, for sequence models ours: the three defaults in --help
+SETTINGS = {  # for bpr (notebook's cells 8, 9, 11) and cdae (8, 9, 12) as published, for sequence models ours
     "learning_rate": (float, 1e-3, 2e-3, 1e-3, "of Adam"),
     "temperature": (float, 5.0, 2.0, 1.0, "tau, divides the other's logits; inf: its label is 1/2"),
     "epsilon_exp": (float, 1e-4, 1e-4, 1e-3, "epsilon_e of p_S->T"),
     "epsilon_tanh": (float, 1e-2, 1e-4, 1e-2, "epsilon_t of p_T->S"),
     "batch_size": (int, 128, 128, 32, "observed pairs a step with bpr, else users"),
-    "weight_decay_teacher": (float, 7.8e-6, 3.4e-7, 0.0, "of Adam, warm-up; 1e-3 on published sums"),
-    "weight_decay_student": (float, 0.0, 3.4e-7, 0.0, "the same; 0 and 1e-3 as published"),
+    "warm_up_weight_decay": (float, (7.8e-6, 0.0), (3.4e-7, 3.4e-7), (0.0, 0.0), "of Adam; 1e-3 for sums"),
     "samples": (int, 1, 5, 1, "k: negatives, and drawn items in each direction, for each observed one"),
     "warm_up": (int, 1000, 1000, 0, "epochs alone, where no models are given"),
     "epochs": (int, 100, 1000, 20, "epochs together; if 0, the warmed up models are written"),
@@ -602,20 +599,21 @@ def main(argv=None):
     add("--teacher", help="trained model to go on from, with --student. Load only trusted ones")
     add("--student", help="trained model to go on from, with --teacher")
     add("--out", required=True, help="what OUT-teacher.pt2, OUT-student.pt2 and OUT.log.jsonl begin with")
-    add("--base", choices=L_CF, default="sequence", help="softmax: sequence models that learnt with one")
-    dims = {"nargs": 2, "type": int, "default": [50, 5], "metavar": ("TEACHER", "STUDENT")}
-    add("--dims", **dims, help="sizes of the vectors of a new bpr or cdae")
+    add("--base", choices=L_CF, default="sequence", help="of both; the last two: trained models")
+    pair = {"nargs": 2, "metavar": ("TEACHER", "STUDENT")}
+    add("--dims", **pair, type=int, default=[50, 5], help="sizes of the vectors of a new bpr or cdae")
     for name, (kind, *defaults, what) in SETTINGS.items():
-        options = {"type": kind, "default": argparse.SUPPRESS, "help": f"{what}; {defaults}"}
-        add(f"--{name.replace('_', '-')}", **options)
+        options = pair if isinstance(defaults[0], tuple) else {}
+        what += "; {}, {}, {} of bpr, cdae, sequence models".format(*defaults)
+        add(f"--{name.replace('_', '-')}", **options, type=kind, default=argparse.SUPPRESS, help=what)
     add("--lambda-teacher", type=float, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
     add("--lambda-student", type=float, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
-    add("--weight-decay", type=float, default=0.0, help="of Adam while both train")
+    add("--weight-decay", **pair, type=float, default=[0, 0], help="of Adam while both train")
     add("--period", type=int, default=10, help="p: epochs between renewals of the ranks")
-    add("--direction", choices=DIRECTIONS, default="both", help="who teaches whom; none: both alone")
+    add("--direction", choices=["both", "none"], default="both", help="none: both go on alone")
     add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that are taught")
     add("--sign", choices=["paper", "published"], default="paper", help="of the rank discrepancy")
-    add("--negatives", choices=["uniform", "drawn"], default="uniform", help="of L_CF, while both train")
+    add("--negatives", choices=["uniform", "drawn"], default="uniform", help="of L_CF; drawn: what is taught")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)

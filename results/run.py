@@ -124,7 +124,8 @@ def adarec():
     for seed in range(2):  # without a teacher: what was searched against chance, and against other scenes
         for scene, options in SCENES.items():
             data, runs, short = f"data/{scene}.txt", f"runs/adarec/{scene}", options["short"]
-            yield student(scene, f"search-{chosen(scene)}-alone", f"{runs}-search.json", seed, short)
+            if seed:
+                yield student(scene, f"search-{chosen(scene)}-alone", f"{runs}-search.json", seed, short)
             cost = figures("adarec", f"{scene}-search-{chosen(scene)}").get("cost", "COST")
             for k in range(5):
                 draw = f"{options['build']} {SHAPE} --random {cost} --seed {k}"
@@ -149,14 +150,14 @@ def planted():
 # ---- Bidirectional distillation: do both models gain? -----------------------------------------------------
 
 PUBLISHED = "--sign published --negatives drawn"
-TOGETHER = {  # how both models go on from the same warm-up
+TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are published for BPR alone
     "alone": "--direction none",
     "published": PUBLISHED,
     "published-half": f"{PUBLISHED} --temperature inf",
     "published-lambda-0": f"{PUBLISHED} --lambda-teacher 0 --lambda-student 0",
     "published-uniform": "--sign published",
     "paper": "",
-    "uniform": "--sampling uniform",
+    "paper-half": "--temperature inf",
     "top": "--sampling top",
 }
 DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published sums, and on our means
@@ -168,18 +169,24 @@ def bidirectional():
     """
     for base, seed in (("bpr", 0), ("bpr", 1), ("bpr", 2), ("cdae", 0)):
         script = f"bidirectional_distill.py data/citeulike.txt --base {base} --seed {seed}"
-        teacher = f"--teacher runs/bidirectional/{base}-start-{seed}-teacher.pt2"
+        runs = "runs/bidirectional"
+        teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"
         yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
         for name, options in TOGETHER.items():
-            student = f"--student runs/bidirectional/{base}-start-{seed}-student.pt2"
-            yield f"{base}-{name}-{seed}", [f"{script} {teacher} {student} {options}"]
-        for name, decay in DECAYS.items() if base == "bpr" else ():
-            alone = f"{script} --dims 1 5 --epochs 0 --weight-decay-student {decay}"
-            yield f"{base}-decay-{name}-{seed}", [alone]
-            student = f"--student runs/bidirectional/{base}-decay-{name}-{seed}-student.pt2"
-            for how in ("alone", "published"):
-                options = f"{TOGETHER[how]} --weight-decay {decay}"
-                yield f"{base}-{how}-decay-{name}-{seed}", [f"{script} {teacher} {student} {options}"]
+            if base == "bpr" or "drawn" not in options:
+                student = f"--student {runs}/{base}-start-{seed}-student.pt2"
+                yield f"{base}-{name}-{seed}", [f"{script} {teacher} {student} {options}"]
+        if base == "bpr":
+            valid = {}
+            for name, decay in DECAYS.items():  # a teacher of one dimension: only the student is wanted
+                run = f"bpr-decay-{name}-{seed}"
+                yield run, [f"{script} --dims 1 5 --epochs 0 --warm-up-weight-decay 0 {decay}"]
+                valid[name] = figures("bidirectional", run).get("student", {}).get("valid last", 0)
+            best = max(valid, key=valid.get)
+            student = f"--student {runs}/bpr-decay-{best}-{seed}-student.pt2"
+            for name in ("alone", "published"):
+                options = f"{TOGETHER[name]} --weight-decay 0 {DECAYS[best]}"
+                yield f"bpr-{name}-decayed-{seed}", [f"{script} {teacher} {student} {options}"]
 
 
 CLAIMS = {"adarec": adarec, "planted": planted, "bidirectional": bidirectional}
@@ -303,7 +310,9 @@ def make(claim, name, commands, data):
     path = RUNS / claim / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{name}: {found['seconds'] / 60:.1f} min", found.get("edges") or found.get("NDCG@10"), flush=True)
+    print(
+        f"{name}: {found['seconds'] / 60:.1f} min", found.get("edges") or found.get("NDCG@10", ""), flush=True
+    )
 
 
 def evaluated(data, model, at):
@@ -312,21 +321,30 @@ def evaluated(data, model, at):
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]
 
 
-def both_models(stem, data):
-    """Test figures of teacher and student at 50, 100 and 200, and as the notebooks of the paper count them:
-    there a rank is below K, not at most K, and a place is discounted as the next one would be.
+def as_published(hits, cuts):
+    """HR and NDCG as the notebooks of the paper count them, of `hits`, our HR at 1, 2, 3 and so on.
+
+    There a rank has to be below K, and counts 1 / log2(rank + 2). (Their candidates differ, too: the
+    validation item is among them, and training items are at score 0.)
     """
+    share = np.diff(hits, prepend=0.0)  # of users, by rank from 1
+    gain, found = share / np.log2(np.arange(len(share)) + 3), {}
+    for k in cuts:
+        found |= {f"published HR@{k}": share[: k - 1].sum(), f"published NDCG@{k}": gain[: k - 1].sum()}
+    return found
+
+
+def both_models(stem, data):
+    """Test figures of teacher and student at 10, 50, 100 and 200, and as the notebooks count them."""
     log = [json.loads(line) for line in (ROOT / f"{stem}.log.jsonl").read_text().splitlines()]
     better = [line["student_better"] for line in log if "student_better" in line]
     found, cuts = {"student_better": better}, (50, 100, 200)
     for kind in ("teacher", "student"):
         report = evaluated(data, f"{stem}-{kind}.pt2", range(1, max(cuts) + 1))
         found[kind] = {f"{name}@{k}": report[f"{name}@{k}"] for name in ("HR", "NDCG") for k in (10, *cuts)}
-        found[kind]["valid"] = max(line.get(f"{kind}_NDCG@10", 0) for line in log)
-        hit = np.diff([0.0] + [report[f"HR@{k}"] for k in range(1, max(cuts) + 1)])  # share of each rank
-        gain = hit / np.log2(np.arange(len(hit)) + 3)
-        found[kind] |= {f"published HR@{k}": hit[: k - 1].sum() for k in cuts}
-        found[kind] |= {f"published NDCG@{k}": gain[: k - 1].sum() for k in cuts}
+        validated = [line[f"{kind}_NDCG@10"] for line in log if f"{kind}_NDCG@10" in line]
+        found[kind]["valid"], found[kind]["valid last"] = max(validated), validated[-1]
+        found[kind] |= as_published([report[f"HR@{k}"] for k in range(1, max(cuts) + 1)], cuts)
     return found
 
 

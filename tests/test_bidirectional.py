@@ -97,7 +97,7 @@ def settings(**changed):
     """What learners, `renew` and `probabilities` read of the command line."""
     sampling = {"sampling": "rank", "sign": "paper", "epsilon_exp": 0.05, "epsilon_tanh": 0.05}
     training = {"device": "cpu", "samples": 2, "learning_rate": 0.1, "seed": 0}
-    training |= {"weight_decay_teacher": 0.0, "weight_decay_student": 0.0}
+    training |= {"warm_up_weight_decay": [0.0, 0.0]}
     return SimpleNamespace(**(sampling | training | changed))
 
 
@@ -262,7 +262,8 @@ def test_model_file_is_the_formula_of_the_history_so_far(base):
     assert program(torch.tensor([1]), items[:1, :1])[1].shape[:2] == (1, 1)
 
 
-TRAININGS = [(base, "uniform") for base in bd.L_CF] + [("bpr", "drawn"), ("cdae", "drawn")]
+TRAININGS = [(base, way) for base in bd.L_CF for way in ("uniform", "drawn")]
+TRAININGS.remove(("softmax", "drawn"))  # all items are its negatives
 
 
 @pytest.mark.parametrize("base, of_l_cf", TRAININGS)
@@ -280,7 +281,7 @@ def test_training_is_the_formulas_in_float64(base, of_l_cf, small, given, tmp_pa
         monkeypatch.setattr(bd, "with_dropout", lambda module, on: module)
     monkeypatch.setattr(bd, "TOP", 4)
     numbers = "--samples 2 --learning-rate 0.02 --temperature 3 --warm-up 2 --epochs 3 --period 2"
-    numbers += " --weight-decay-teacher 0.03 --weight-decay-student 0.3 --weight-decay 0.1"
+    numbers += " --warm-up-weight-decay 0.03 0.3 --weight-decay 0.1 0.2"
     numbers += f" --lambda-teacher 0.7 --lambda-student 1.6 --negatives {of_l_cf} --batch-size"
     run(small, *options, "--out", tmp_path / "bd", *numbers.split(), 30 if base == "bpr" else 5)
 
@@ -295,7 +296,7 @@ def test_training_is_the_formulas_in_float64(base, of_l_cf, small, given, tmp_pa
     for epoch, batches in enumerate(made["batches_of_like_length"]):
         assert sorted(np.concatenate(batches)) == list(range(len(rows))) and len(batches) > 3
         if epoch in (0, 2):
-            decays = (0.1, 0.1) if epoch else (0.03, 0.3)  # while both train, and before
+            decays = (0.1, 0.2) if epoch else (0.03, 0.3)  # while both train, and before
             adams = [
                 torch.optim.Adam(w.values(), 0.02, weight_decay=decay)
                 for w, decay in zip(weights, decays, strict=True)
@@ -400,17 +401,17 @@ def test_a_gru_learns_as_the_student_of_a_sasrec(small, given, write_gru, tmp_pa
 
 @pytest.mark.parametrize("base", bd.L_CF)
 def test_alone_is_alone_bit_for_bit(small, given, tmp_path, base):
-    variants = {"none": ["--direction=none"], "zero": ["--lambda-teacher=0"]}
-    variants |= {"down": ["--direction=teacher-to-student"], "up": ["--direction=student-to-teacher"]}
+    variants = {"none": ["--direction=none", "--negatives=drawn"], "both": []}
+    variants |= {"down": ["--lambda-teacher=0"], "up": ["--lambda-student=0"]}
     if base not in SEQUENCES:  # there, dropout takes the random numbers that the other one's has left
         variants["other"] = ["--direction=none", *given(base, 6, 4)]
     w = {}
     for name, options in variants.items():
         run(small, *given(base), *options, "--epochs", 2, "--period", 1, "--out", tmp_path / name)
         w[name] = [bytes_of(tmp_path / f"{name}-{kind}.pt2") for kind in bd.KINDS]
-    for side, alone in enumerate(({"none", "zero", "down", "other"}, {"none", "up"})):
+    for side, alone in enumerate(({"none", "down", "other"}, {"none", "up"})):
         assert {name for name in variants if w[name][side] == w["none"][side]} == alone & variants.keys()
-    assert w["zero"][1] == w["down"][1]
+    assert w["both"][1] != w["up"][1]
 
 
 def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, monkeypatch):
@@ -425,11 +426,47 @@ def test_each_file_is_of_its_own_best_epoch_together(small, given, tmp_path, mon
         assert config["validation"]["epoch"] == 1 + best
 
 
+def test_a_warm_up_ends_with_its_last_epoch(small, tmp_path, monkeypatch):
+    new = [small, "--base=bpr", "--dims", 6, 3, "--warm-up-weight-decay", 0.1, 0.2, "--period=1"]
+    run(*new, "--warm-up=2", "--epochs=0", "--learning-rate=1e-12", "--out", tmp_path / "start")
+    for path in tmp_path.glob("start-*.pt2"):  # BPR starts from N(0, 1), as nn.Embedding does
+        for w in weights_of(path).values():
+            assert stats.kstest(w[1:].flatten(), "norm").pvalue > 1e-3
+    judged = itertools.cycle([0.9, 0.9, 0.5, 0.4])  # teacher and student
+    monkeypatch.setattr(bd, "validate", lambda *_: (0.0, next(judged)))
+    for options in ("--warm-up=4 --epochs=0", "--warm-up=3 --epochs=0"):
+        run(*new, *options.split(), "--out", tmp_path / options[10])
+    for kind, learnt in itertools.product(bd.KINDS, "34"):
+        epoch = evaluate.load_model(tmp_path / f"{learnt}-{kind}.pt2", 60, 25)[1]["validation"]["epoch"]
+        assert epoch == int(learnt)
+    assert bytes_of(tmp_path / "3-student.pt2") != bytes_of(tmp_path / "4-student.pt2")
+
+
+def test_published_settings(monkeypatch):
+    found = {}
+    monkeypatch.setattr(bd, "train", lambda args: found.update({args.base: vars(args)}))
+    for base in bd.BASES:
+        run("data.txt", "--base", base, "--out", "bd")
+    assert found["bpr"]["dims"] == found["cdae"]["dims"] == [50, 5]
+    names = ["warm_up", "epochs", "learning_rate", "batch_size", "samples", "temperature"]
+    names += ["epsilon_exp", "epsilon_tanh", "period"]
+    names += ["lambda_teacher", "lambda_student", "weight_decay"]
+    alike = [10, 0.5, 0.5, [0, 0]]
+    assert [found["bpr"][name] for name in names] == [1000, 100, 1e-3, 128, 1, 5, 1e-4, 1e-2, *alike]
+    assert [found["cdae"][name] for name in names] == [1000, 1000, 2e-3, 128, 5, 2, 1e-4, 1e-4, *alike]
+    # citeulike has 120,361 pairs of 5,219 users: 1e-3 on the sum over a batch of 128, as a mean over it
+    pairs = 128, 120_361 / np.ceil(5_219 / 128)
+    for base, count, decayed in (("bpr", pairs[0], [1, 0]), ("cdae", pairs[1], [1, 1])):
+        expected = np.multiply(decayed, 1e-3 / count)
+        np.testing.assert_allclose(found[base]["warm_up_weight_decay"], expected, rtol=0.01)
+
+
 def test_switches_change_the_result(small, given, tmp_path, monkeypatch):
     monkeypatch.setattr(bd, "TOP", 5)  # of 25 items
     common, results = [small, *given("bpr"), "--epochs", 3, "--period", 2, "--learning-rate", 0.05], []
     variants = ["", "--sign published", "--sampling uniform", "--sampling top", "--epsilon-exp 1"]
-    for changed in [*variants, "--epsilon-tanh 1", "--negatives drawn", "--temperature inf"]:
+    variants += ["--negatives drawn", "--lambda-teacher 0 --lambda-student 0 --negatives drawn"]
+    for changed in [*variants, "--epsilon-tanh 1", "--temperature inf"]:
         run(*common, *changed.split(), "--out", tmp_path / "bd")
         results.append([log_of(tmp_path / "bd")[-1][part] for part in ("L_CF(T)", "L_CF(S)", "L_BD(T;S)")])
     assert all(one != other for one, other in itertools.combinations(results, 2))
@@ -453,7 +490,9 @@ def test_bad_input_is_told(small, write_data, given, write_gru, tmp_path):
     assert "data.txt" in fails(small, *base, "--out", small / "bd")
 
 
-@pytest.mark.parametrize("options", [[], ["--teacher=t"], ["--student=s"], ["--base=bpr", "--teacher=t"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--base=softmax"], ["--teacher=t"], ["--student=s"], ["--base=bpr", "--teacher=t"]]
+)
 def test_models_come_in_pairs(small, tmp_path, options, capsys):
     with pytest.raises(SystemExit) as end:
         run(small, "--out", tmp_path / "bd", *options)

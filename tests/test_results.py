@@ -1,0 +1,39 @@
+"""results/run.py: its commands are ones that the scripts understand, and its figures by brute force."""
+
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
+import run  # noqa: E402
+
+
+@pytest.mark.parametrize("claim", run.CLAIMS)
+def test_every_command_is_understood(claim, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROOT", tmp_path)  # where architectures are written
+    runs, understood = dict(run.CLAIMS[claim]()), 0
+    assert len(runs) == len(list(run.CLAIMS[claim]()))  # each name once
+    for commands in runs.values():
+        for command in commands:
+            script, *argv = shlex.split(command.replace("COST", "0.5"))
+            if script == "data/prepare.py":
+                continue
+            module, asked = importlib.import_module(script.removesuffix(".py")), []
+            for name in ("train", "search", "build"):
+                monkeypatch.setattr(module, name, asked.append, raising=False)
+            module.main([*argv, "--out", "x.json"])
+            assert len(asked) == 1 and asked[0].data == argv[0]
+            understood += 1
+    assert understood >= len(runs)
+
+
+def test_figures_as_the_notebooks_count_them():
+    rank = np.array([1, 1, 2, 3, 7, 9, 10, 11, 19, 20, 21, 400])
+    found = run.as_published([np.mean(rank <= k) for k in range(1, 41)], (10, 20))
+    for k in (10, 20):
+        assert found[f"published HR@{k}"] == pytest.approx(np.mean(rank < k))
+        assert found[f"published NDCG@{k}"] == pytest.approx(np.mean((rank < k) / np.log2(rank + 2)))

@@ -449,8 +449,12 @@ def search(args):
     groups = [{"params": learned}, {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    log, mean_count = [], (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)
-    for epoch in range(1, args.epochs + 1):
+    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)
+    trained = model, nn.ParameterList([alpha]), *(W or ()), optimizer, rng
+    past = load_checkpoint(args, trained)
+    log, w = past.get("log", []), [x.numpy() for x in past.get("w", ())] or w
+    began -= sum(line["seconds"] for line in log)
+    for epoch in range(len(log) + 1, args.epochs + 1):
         tau = 0.8 ** ((epoch - 1) // 5)  # anneals from 1, a fifth less every 5 epochs
         total, flows, positions, tick = 0, 0, 0, time.time()
         batches = batches_of_like_length(end - begin, args.batch_size, rng)
@@ -481,12 +485,15 @@ def search(args):
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
         edges, p = best_edges(alpha), alpha.detach().softmax(-1)
-        mean = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), total / positions, strict=False)
+        mean = (total / positions).tolist()
+        mean = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), mean, strict=False)
         log += [{"epoch": epoch} | dict(mean) | {"tau": tau, "seconds": time.time() - tick}]
         log[-1] |= {"sure": p.max(-1).values.mean().item()}
         log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": np.divide(flows, positions).tolist()}
         report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
-    save_student(args, derive(model, edges), edges, max_length)
+        save_checkpoint(args, trained, log=log, w=[torch.tensor(x) for x in w or ()])
+    save_student(args, derive(model, best_edges(alpha)), best_edges(alpha), max_length)
+    Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
 def edges_text(edges):
@@ -699,7 +706,7 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture")
+    paths = ("data", "out", "teacher", "student", "architecture", "resume")
     config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
     config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
@@ -708,6 +715,49 @@ def save_model(args, out, program, module, validation, **config):
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
     module.to(args.device)
     write(out, buffer.getvalue())
+
+
+def run_of(args):
+    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
+    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
+    return settings | files | {"torch": torch.__version__, "numpy": np.__version__}
+
+
+def save_checkpoint(args, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules, optimizers, generators of
+    random numbers), and `rest`, tensors and plain values. Random numbers of torch are kept, too.
+    """
+    states = [p.bit_generator.state if isinstance(p, np.random.Generator) else p.state_dict() for p in parts]
+    drawn, buffer = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), io.BytesIO()
+    torch.save({"run": run_of(args), "states": states, "drawn": drawn, "rest": rest}, buffer)
+    write(f"{args.out}.ckpt", buffer.getvalue())
+
+
+def load_checkpoint(args, parts):
+    """The `rest` of OUT.ckpt, whose states `parts` have from now on; without --resume, {}. Ends if there is
+    none, or one of another run; and without --resume if there is one, for it belongs to a run that stopped.
+    """
+    path = Path(f"{args.out}.ckpt")
+    if not args.resume:
+        if path.exists():
+            sys.exit(f"{path}: a run stopped here; go on from it with --resume, or remove it")
+        return {}
+    file = io.BytesIO(path.read_bytes())
+    try:
+        found, run = torch.load(file, weights_only=True), run_of(args)
+        if other := [name for name in run if found["run"].get(name) != run[name]]:
+            raise ValueError(f"it is of a run with another {', '.join(other)}")
+        for part, state in zip(parts, found["states"], strict=True):
+            if isinstance(part, np.random.Generator):
+                part.bit_generator.state = state
+            else:
+                part.load_state_dict(state)
+        torch.set_rng_state(found["drawn"][0])
+        torch.cuda.set_rng_state_all(found["drawn"][1])
+        return found["rest"]
+    except Exception as error:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} cannot be resumed; {type(error).__name__}: {error}".splitlines()[0])
 
 
 def report(out, log, left, began, mark=""):
@@ -751,6 +801,7 @@ def main(argv=None):
     add("--epochs", type=int, default=30, help="passes over all users")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
     add("--remember", action="store_true", help="keep the teacher's answers in memory: fast from epoch 2 on")
+    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -760,6 +811,9 @@ def main(argv=None):
         build(args) if args.architecture or args.random is not None else search(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written
         sys.exit(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:  # files are whole at any time
+        print("stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -241,6 +241,17 @@ class Learner:
         self.best, parameters = None, self.model.parameters()
         self.adam = torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
 
+    def state_dict(self):
+        """What a checkpoint keeps of it."""
+        states = {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
+        return states | {"rng": self.rng.bit_generator.state, "best": self.best}
+
+    def load_state_dict(self, state):
+        """Be as the learner was that gave `state`."""
+        self.model.load_state_dict(state["model"])
+        self.adam.load_state_dict(state["adam"])
+        self.rng.bit_generator.state, self.best = state["rng"], state["best"]
+
     def step(self, loss):
         """Follow the gradient of `loss`."""
         if not loss.isfinite():
@@ -304,10 +315,14 @@ def train(args):
         rows = np.repeat(users, end - begin), pairs, pairs + 1
     observed = (rows[2] - rows[1] - (args.base in ("sequence", "softmax"))).sum()
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    log, drawn, last = [], None, args.warm_up + args.epochs
+    last = args.warm_up + args.epochs
     weights, both_ways = (args.lambda_teacher, args.lambda_student), args.direction == "both"
     draws = both_ways and (any(weights) or args.negatives == "drawn")
-    for epoch in range(1, last + 1):
+    trained = *both, rng, drawing
+    past = load_checkpoint(args, trained)
+    log, drawn = past.get("log", []), next((x.numpy() for x in past.get("drawn", ())), None)
+    began -= sum(line["seconds"] for line in log)
+    for epoch in range(len(log) + 1, last + 1):
         tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
         if bd == 0:
             for learner, decay in zip(both, args.weight_decay, strict=True):
@@ -347,21 +362,23 @@ def train(args):
                 learner.step(loss)
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
-        line |= dict(zip(("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), total / observed, strict=True))
+        means = (total / observed).tolist()
+        line |= dict(zip(("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), means, strict=True))
         line["seconds"] = time.time() - tick
         log.append(line)
         # a long warm-up is not judged every epoch: that would take longer than the epoch itself
-        if bd < 0 and epoch % args.period and epoch < last:
-            continue
-        for kind, learner in zip(KINDS, both, strict=True):
-            about = user_ids, starts, items, judged, max_length, args.device
-            line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
-            # what warmed up is what bidirectional training goes on from, as published: no best epoch
-            if learner.best is None or bd < 0 or ndcg > learner.best["NDCG@10"]:
-                learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-                made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
-                save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
-        report(args.out, log, last - epoch, began)
+        if bd >= 0 or epoch % args.period == 0 or epoch == last:
+            for kind, learner in zip(KINDS, both, strict=True):
+                about = user_ids, starts, items, judged, max_length, args.device
+                line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
+                # what warmed up is what bidirectional training goes on from, as published: no best epoch
+                if learner.best is None or bd < 0 or ndcg > learner.best["NDCG@10"]:
+                    learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
+                    made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
+                    save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
+            report(args.out, log, last - epoch, began)
+        save_checkpoint(args, trained, log=log, drawn=[] if drawn is None else [torch.from_numpy(drawn)])
+    Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
 # ---- Loaded programs -------------------------------------------------------------------------------------
@@ -553,7 +570,7 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture")
+    paths = ("data", "out", "teacher", "student", "architecture", "resume")
     config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
     config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
@@ -562,6 +579,49 @@ def save_model(args, out, program, module, validation, **config):
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
     module.to(args.device)
     write(out, buffer.getvalue())
+
+
+def run_of(args):
+    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
+    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
+    return settings | files | {"torch": torch.__version__, "numpy": np.__version__}
+
+
+def save_checkpoint(args, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules, optimizers, generators of
+    random numbers), and `rest`, tensors and plain values. Random numbers of torch are kept, too.
+    """
+    states = [p.bit_generator.state if isinstance(p, np.random.Generator) else p.state_dict() for p in parts]
+    drawn, buffer = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), io.BytesIO()
+    torch.save({"run": run_of(args), "states": states, "drawn": drawn, "rest": rest}, buffer)
+    write(f"{args.out}.ckpt", buffer.getvalue())
+
+
+def load_checkpoint(args, parts):
+    """The `rest` of OUT.ckpt, whose states `parts` have from now on; without --resume, {}. Ends if there is
+    none, or one of another run; and without --resume if there is one, for it belongs to a run that stopped.
+    """
+    path = Path(f"{args.out}.ckpt")
+    if not args.resume:
+        if path.exists():
+            sys.exit(f"{path}: a run stopped here; go on from it with --resume, or remove it")
+        return {}
+    file = io.BytesIO(path.read_bytes())
+    try:
+        found, run = torch.load(file, weights_only=True), run_of(args)
+        if other := [name for name in run if found["run"].get(name) != run[name]]:
+            raise ValueError(f"it is of a run with another {', '.join(other)}")
+        for part, state in zip(parts, found["states"], strict=True):
+            if isinstance(part, np.random.Generator):
+                part.bit_generator.state = state
+            else:
+                part.load_state_dict(state)
+        torch.set_rng_state(found["drawn"][0])
+        torch.cuda.set_rng_state_all(found["drawn"][1])
+        return found["rest"]
+    except Exception as error:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} cannot be resumed; {type(error).__name__}: {error}".splitlines()[0])
 
 
 def report(out, log, left, began, mark=""):
@@ -614,6 +674,7 @@ def main(argv=None):
     add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that are taught")
     add("--sign", choices=["paper", "published"], default="paper", help="of the rank discrepancy")
     add("--negatives", choices=["uniform", "drawn"], default="uniform", help="of L_CF; drawn: what is taught")
+    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -627,6 +688,9 @@ def main(argv=None):
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written
         sys.exit(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:  # files are whole at any time
+        print("stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

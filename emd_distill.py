@@ -296,8 +296,12 @@ def train(args):
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    best, log, contract = None, [], {key: config.get(key) for key in ("items", "max_length", "architecture")}
-    for epoch in range(args.epochs + 1):  # in epoch 0 the student is judged as it came
+    contract = {key: config.get(key) for key in ("items", "max_length", "architecture")}
+    trained = student, *(W or ()), optimizer, schedule, rng
+    past = load_checkpoint(args, trained)
+    best, log, w = past.get("best"), past.get("log", []), [x.numpy() for x in past.get("w", ())] or w
+    began -= sum(line["seconds"] for line in log)
+    for epoch in range(len(log), args.epochs + 1):  # in epoch 0 the student is judged as it came
         total, flows, positions, tick = 0, 0, 0, time.time()
         batches = batches_of_like_length(end - begin, args.batch_size, rng) if epoch else []
         for step, batch in enumerate(batches, 1):
@@ -326,7 +330,7 @@ def train(args):
                 print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
         log += [{"epoch": epoch}]
         if epoch:
-            log[-1] |= zip(("L_CE", "L_emb", "L_hid", "L_pred"), total / positions, strict=False)
+            log[-1] |= zip(("L_CE", "L_emb", "L_hid", "L_pred"), (total / positions).tolist(), strict=False)
             log[-1]["flow"] = np.divide(flows, positions).tolist()
         hr, ndcg = validate(judge, user_ids, starts, items, judged, max_length, args.device)
         log[-1] |= {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick}
@@ -338,6 +342,8 @@ def train(args):
         report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
+        save_checkpoint(args, trained, best=best, log=log, w=[torch.tensor(x) for x in w or ()])
+    Path(f"{args.out}.ckpt").unlink(missing_ok=True)
     if best["epoch"] == 0:  # none was better than the start, which is there again
         program, _ = load_model(args.student, *last_ids, args.data)
         with_dropout(program.graph_module, False)
@@ -488,7 +494,7 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture")
+    paths = ("data", "out", "teacher", "student", "architecture", "resume")
     config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
     config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
@@ -497,6 +503,49 @@ def save_model(args, out, program, module, validation, **config):
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
     module.to(args.device)
     write(out, buffer.getvalue())
+
+
+def run_of(args):
+    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
+    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
+    return settings | files | {"torch": torch.__version__, "numpy": np.__version__}
+
+
+def save_checkpoint(args, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules, optimizers, generators of
+    random numbers), and `rest`, tensors and plain values. Random numbers of torch are kept, too.
+    """
+    states = [p.bit_generator.state if isinstance(p, np.random.Generator) else p.state_dict() for p in parts]
+    drawn, buffer = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), io.BytesIO()
+    torch.save({"run": run_of(args), "states": states, "drawn": drawn, "rest": rest}, buffer)
+    write(f"{args.out}.ckpt", buffer.getvalue())
+
+
+def load_checkpoint(args, parts):
+    """The `rest` of OUT.ckpt, whose states `parts` have from now on; without --resume, {}. Ends if there is
+    none, or one of another run; and without --resume if there is one, for it belongs to a run that stopped.
+    """
+    path = Path(f"{args.out}.ckpt")
+    if not args.resume:
+        if path.exists():
+            sys.exit(f"{path}: a run stopped here; go on from it with --resume, or remove it")
+        return {}
+    file = io.BytesIO(path.read_bytes())
+    try:
+        found, run = torch.load(file, weights_only=True), run_of(args)
+        if other := [name for name in run if found["run"].get(name) != run[name]]:
+            raise ValueError(f"it is of a run with another {', '.join(other)}")
+        for part, state in zip(parts, found["states"], strict=True):
+            if isinstance(part, np.random.Generator):
+                part.bit_generator.state = state
+            else:
+                part.load_state_dict(state)
+        torch.set_rng_state(found["drawn"][0])
+        torch.cuda.set_rng_state_all(found["drawn"][1])
+        return found["rest"]
+    except Exception as error:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} cannot be resumed; {type(error).__name__}: {error}".splitlines()[0])
 
 
 def report(out, log, left, began, mark=""):
@@ -534,6 +583,7 @@ def main(argv=None):
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
     add("--remember", action="store_true", help="keep the teacher's answers in memory: fast from epoch 2 on")
+    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -543,6 +593,9 @@ def main(argv=None):
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written
         sys.exit(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:  # files are whole at any time
+        print("stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

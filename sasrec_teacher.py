@@ -187,10 +187,14 @@ def train(args):
     mean_count = (end - begin - 1).sum() / steps  # positions a batch
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 2048}[args.loss]
-    best, log, contract = None, [], {"items": item_count, "max_length": args.max_length}
+    contract = {"items": item_count, "max_length": args.max_length}
+    trained = model, optimizer, schedule, rng
     if args.epochs == 0:
         save_model(args, args.out, program, model, None, **contract)
-    for epoch in range(1, args.epochs + 1):
+    past = load_checkpoint(args, trained)
+    best, log = past.get("best"), past.get("log", [])
+    began -= sum(line["seconds"] for line in log)
+    for epoch in range(len(log) + 1, args.epochs + 1):
         model.train()
         total, positions, tick = 0.0, 0, time.time()
         batches = batches_of_like_length(end - begin, args.batch_size, rng)
@@ -229,6 +233,8 @@ def train(args):
         report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
+        save_checkpoint(args, trained, best=best, log=log)
+    Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -368,7 +374,7 @@ def export(model, max_length):
 
 def save_model(args, out, program, module, validation, **config):
     """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture")
+    paths = ("data", "out", "teacher", "student", "architecture", "resume")
     config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
     config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
     config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
@@ -377,6 +383,49 @@ def save_model(args, out, program, module, validation, **config):
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
     module.to(args.device)
     write(out, buffer.getvalue())
+
+
+def run_of(args):
+    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
+    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
+    return settings | files | {"torch": torch.__version__, "numpy": np.__version__}
+
+
+def save_checkpoint(args, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules, optimizers, generators of
+    random numbers), and `rest`, tensors and plain values. Random numbers of torch are kept, too.
+    """
+    states = [p.bit_generator.state if isinstance(p, np.random.Generator) else p.state_dict() for p in parts]
+    drawn, buffer = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), io.BytesIO()
+    torch.save({"run": run_of(args), "states": states, "drawn": drawn, "rest": rest}, buffer)
+    write(f"{args.out}.ckpt", buffer.getvalue())
+
+
+def load_checkpoint(args, parts):
+    """The `rest` of OUT.ckpt, whose states `parts` have from now on; without --resume, {}. Ends if there is
+    none, or one of another run; and without --resume if there is one, for it belongs to a run that stopped.
+    """
+    path = Path(f"{args.out}.ckpt")
+    if not args.resume:
+        if path.exists():
+            sys.exit(f"{path}: a run stopped here; go on from it with --resume, or remove it")
+        return {}
+    file = io.BytesIO(path.read_bytes())
+    try:
+        found, run = torch.load(file, weights_only=True), run_of(args)
+        if other := [name for name in run if found["run"].get(name) != run[name]]:
+            raise ValueError(f"it is of a run with another {', '.join(other)}")
+        for part, state in zip(parts, found["states"], strict=True):
+            if isinstance(part, np.random.Generator):
+                part.bit_generator.state = state
+            else:
+                part.load_state_dict(state)
+        torch.set_rng_state(found["drawn"][0])
+        torch.cuda.set_rng_state_all(found["drawn"][1])
+        return found["rest"]
+    except Exception as error:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} cannot be resumed; {type(error).__name__}: {error}".splitlines()[0])
 
 
 def report(out, log, left, began, mark=""):
@@ -413,6 +462,7 @@ def main(argv=None):
     add("--batch-size", type=int, default=128, help="users a step")
     add("--epochs", type=int, default=200, help="passes over all users, at most; 0 writes an untrained model")
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
+    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -422,6 +472,9 @@ def main(argv=None):
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written
         sys.exit(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:  # files are whole at any time
+        print("stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -479,7 +479,8 @@ def test_bad_input_is_told(small, write_data, given, write_gru, tmp_path):
     assert "user 1 has seen every item" in fails(full, *base)
     assert "no user has 3 interactions" in fails(write_data({1: [1], 2: [3]}, "short.txt"), *base)
     assert "none.txt" in fails("none.txt", *base)
-    assert "the loss became" in fails(small, *base, "--learning-rate", "1e38")
+    lost = ["--out", tmp_path / "lost", "--base", "bpr", *SMALL, "--learning-rate", "1e38"]
+    assert "the loss became" in fails(small, *lost)
     other = write_gru(items=25, data_sha256="0")
     assert "trained on other data" in fails(small, *files, "--teacher", other)
     assert "trained on other data" in fails(small, *files, "--student", other)

@@ -585,7 +585,7 @@ def run_of(args):
     """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
-    return settings | files | {"torch": torch.__version__, "numpy": np.__version__}
+    return settings | files | {"torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def save_checkpoint(args, parts, **rest):

@@ -182,8 +182,9 @@ def fit(W, hidden, hidden_T):
     one_to_one = fixed_flow("one-to-one", len(hidden) - 1, len(hidden_T) - 1).argmax(1) + 1
     pairs = (hidden[:1], hidden_T[:1]), (hidden[1:], hidden_T[one_to_one])
     for projection, (H, H_T) in zip(W, pairs, strict=True):
-        X = F.pad(H, (0, 1), value=1.0).flatten(0, 1).cpu()  # a column of ones for the bias
-        solution = torch.linalg.lstsq(X, H_T.flatten(0, 1).cpu()).solution
+        X = F.pad(H, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # a column of ones for the bias
+        # in float64: LAPACK rounds by where its memory begins, which the same seed does not decide
+        solution = torch.linalg.lstsq(X, H_T.flatten(0, 1).cpu().double()).solution
         projection.weight.data.copy_(solution[:-1].T)
         projection.bias.data.copy_(solution[-1])
 
@@ -509,7 +510,7 @@ def run_of(args):
     """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
-    return settings | files | {"torch": torch.__version__, "numpy": np.__version__}
+    return settings | files | {"torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def save_checkpoint(args, parts, **rest):

@@ -1,0 +1,119 @@
+"""--resume: a run that was stopped anywhere ends with the files of the run that was not."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import sasrec_teacher
+
+HISTORIES = {u: [(7 * u + t * t) % 25 + 1 for t in range(4 + u % 8)] for u in range(1, 41)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, and a teacher and a student of them."""
+    path = tmp_path_factory.mktemp("resume")
+    lines = [f"{user} {item}\n" for user, items in HISTORIES.items() for item in items]
+    (path / "data.txt").write_text("".join(lines))
+    for name, dim in (("teacher.pt2", 8), ("student.pt2", 4)):
+        new = [str(path / "data.txt"), "--max-length", "8", "--dim", str(dim), "--epochs", "0"]
+        sasrec_teacher.main([*new, "--out", str(path / name)])
+    return path
+
+
+COMMANDS = {
+    "sasrec_teacher": ("out.pt2", "--max-length 8 --dim 8 --epochs 6 --patience 6"),
+    "adarec_search": (
+        "out.json",
+        "--teacher teacher.pt2 --cells 1 --nodes 2 --dim 8 --epochs 4 --alpha-warm-up 2",
+    ),
+    "emd_distill": ("out.pt2", "--teacher teacher.pt2 --student student.pt2 --epochs 6 --patience 6"),
+    "bidirectional_distill": ("out", "--base cdae --dims 6 3 --warm-up 2 --epochs 3 --period 2"),
+}
+MODELS = {"adarec_search": ["out.pt2", "out.json"]}
+MODELS |= {"bidirectional_distill": ["out-teacher.pt2", "out-student.pt2"]}
+
+
+@pytest.fixture
+def call(folder, tmp_path, monkeypatch):
+    """A function that runs a script in a folder of its own, until `stop` files were written."""
+
+    def run(script, name, *more, stop=None):
+        out, options = COMMANDS[script]
+        argv = [str(folder / word) if word.endswith(".pt2") else word for word in options.split()]
+        argv = [str(folder / "data.txt"), *argv, "--out", str(tmp_path / name / out), *map(str, more)]
+        written, replace = [], Path.replace
+
+        def stopped(path, target):
+            written.append(target)
+            if len(written) == stop:  # the file is complete, but not yet at its place
+                raise KeyboardInterrupt
+            return replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", stopped)
+            importlib.import_module(script).main(argv)
+
+    return run
+
+
+def files(folder, script):
+    """The models and the log that a run has written, without the seconds in it."""
+    out = COMMANDS[script][0]
+    models = [(folder / name).read_bytes() for name in MODELS.get(script, ["out.pt2"])]
+    lines = [json.loads(line) for line in (folder / f"{out}.log.jsonl").read_text().splitlines()]
+    return models, [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
+
+
+def state(folder):
+    """Each file's bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_stopped_anywhere_and_resumed_is_the_run_that_was_not_stopped(script, call, tmp_path, capsys):
+    call(script, "whole")
+    assert not list((tmp_path / "whole").glob("*.ckpt"))
+    for stop in (1, 4, 6, 9):
+        name = str(stop)
+        with pytest.raises(SystemExit) as end:
+            call(script, name, stop=stop)
+        said = capsys.readouterr().err
+        assert end.value.code == 130 and said.count("\n") == 1 and "--resume goes on" in said
+        stopped = bool(list((tmp_path / name).glob("*.ckpt")))
+        assert stopped == (stop > 3)
+        call(script, name, *["--resume"] * stopped)
+        assert files(tmp_path / name, script) == files(tmp_path / "whole", script)
+        assert not list((tmp_path / name).glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_what_cannot_be_resumed_is_told_and_nothing_touched(script, call, tmp_path, folder):
+    def fails(*more):
+        before = state(tmp_path / "run")
+        with pytest.raises(SystemExit) as end:
+            call(script, "run", *more)
+        assert state(tmp_path / "run") == before
+        assert isinstance(end.value.code, str) and "\n" not in end.value.code
+        return end.value.code
+
+    with pytest.raises(SystemExit):
+        call(script, "run", stop=9)
+    assert "go on from it with --resume, or remove it" in fails()
+    assert "of a run with another learning_rate" in fails("--resume", "--learning-rate", 0.1)
+    assert "of a run with another seed" in fails("--resume", "--seed", 1)
+    (checkpoint,) = (tmp_path / "run").glob("*.ckpt")
+    whole, data = checkpoint.read_bytes(), (folder / "data.txt").read_text()
+    for broken in (whole[: len(whole) // 2], whole[:-1], b"", b"no checkpoint", b"\x80\x04c"):
+        checkpoint.write_bytes(broken)
+        assert "cannot be resumed" in fails("--resume")
+    checkpoint.write_bytes(whole)
+    (folder / "data.txt").write_text(data.replace("1 8\n", "1 9\n", 1))
+    try:
+        assert "data_sha256" in fails("--resume") or script in ("emd_distill", "adarec_search")
+    finally:
+        (folder / "data.txt").write_text(data)
+    checkpoint.unlink()
+    assert f"{checkpoint.name}: No such file" in fails("--resume")

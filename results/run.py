@@ -72,12 +72,12 @@ def student(scene, name, path, seed, options):
     return f"{scene}-{name}-{seed}", [build, train]
 
 
-def architecture(path, edges):
+def architecture(path, edges, dim=64):
     """Write the architecture file `path`, of edges as a run's JSON has them; its path."""
     if edges:
         rows = [row.split(",") for row in edges.split(";")]
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / path).write_text(json.dumps({"cells": 2, "nodes": 2, "dim": 64, "edges": rows}))
+        (ROOT / path).write_text(json.dumps({"cells": 2, "nodes": 2, "dim": dim, "edges": rows}))
     return path
 
 
@@ -113,6 +113,8 @@ def adarec():
             far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
             yield student(scene, "far", far, 0, f"{options['train']} {taught}")
             yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")
+            wide = architecture(f"{runs}-wide.json", edges_of("games"), dim=128)
+            yield student(scene, "wide", wide, 0, f"{options['long']} {taught}")
         if scene == "games":  # the architecture that was searched on beauty, with a teacher
             moved = architecture(f"{runs}-from-beauty.json", edges_of("beauty"))
             yield student(scene, "beauty-emd", moved, 0, f"{options['train']} {taught}")
@@ -215,7 +217,7 @@ def adarec_table():
             continue
         print(f"\n{scene}: teacher {teacher['NDCG@10']:.4f}, {teacher['macs']:,} multiply-adds; student of")
         print(f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / model['macs']:.1f}x fewer")
-        for name in [*TAUGHT, "long", "longer", "far", "far-long", "beauty-emd"]:
+        for name in [*TAUGHT, "long", "longer", "far", "far-long", "wide", "beauty-emd"]:
             values = ndcg(f"{scene}-{name}-{seed}" for seed in range(3))
             if len(values):
                 print(

@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 DATA := data/ml-100k.txt
-SHAPE := --cells 2 --nodes 2 --dim 32
+SHAPE := --cells 1 --nodes 2 --dim 32
 SAME := --epochs 30 --patience 30 --final-rate 0
 
 .PHONY: demo test lint

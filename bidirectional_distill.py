@@ -10,8 +10,8 @@ much their rankings disagree:
 
 Reads   interactions, `user item` a row (data/README.md); two model files (README.md, "The model file"): any
         two sequence models that were trained already, or with --base bpr or cdae two that this script wrote.
-Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch together whose validation NDCG@10 was best, or
-        with --epochs 0 as they are after the warm-up; and OUT.log.jsonl, a line an epoch.
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch whose validation NDCG@10 was best: of those in
+        which both trained, and of how they came or warmed up; and OUT.log.jsonl, a line an epoch.
 Shapes  B users (bpr: pairs of user and item), T positions, e features of an output, V items, item 0 padding;
         for each observed item k negatives, and k drawn items in each direction.
 
@@ -233,13 +233,12 @@ class Learner:
         self.program, self.rng = program, np.random.default_rng([args.seed, side])
         self.model = with_dropout(program.module(), True).to(args.device)
         with_dropout(program.graph_module, False)  # should it have been exported in training
-        self.judge = program.module().to(args.device)
+        self.judge, self.best = program.module().to(args.device), None
         self.restart(args.learning_rate, args.warm_up_weight_decay[side])
 
     def restart(self, rate, decay):
-        """A new optimizer and no best epoch yet, as the warm-up and bidirectional training begin."""
-        self.best, parameters = None, self.model.parameters()
-        self.adam = torch.optim.Adam(parameters, rate, weight_decay=decay, fused=True)
+        """A new optimizer, as the warm-up and bidirectional training begin."""
+        self.adam = torch.optim.Adam(self.model.parameters(), rate, weight_decay=decay, fused=True)
 
     def state_dict(self):
         """What a checkpoint keeps of it."""
@@ -322,7 +321,8 @@ def train(args):
     past = load_checkpoint(args, trained)
     log, drawn = past.get("log", []), next((x.numpy() for x in past.get("drawn", ())), None)
     began -= sum(line["seconds"] for line in log)
-    for epoch in range(len(log) + 1, last + 1):
+    # models that are given are judged as they came, in epoch 0
+    for epoch in range(len(log) + (not args.teacher), last + 1):
         tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
         if bd == 0:
             for learner, decay in zip(both, args.weight_decay, strict=True):
@@ -331,7 +331,8 @@ def train(args):
             coming = min(args.period, args.epochs - bd)
             drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
             line["renewal_seconds"] = time.time() - tick
-        total, batches = np.zeros(4), batches_of_like_length(rows[2] - rows[1], args.batch_size, rng)
+        total, length = np.zeros(4), rows[2] - rows[1]
+        batches = batches_of_like_length(length, args.batch_size, rng) if epoch else []
         for step, batch in enumerate(batches, 1):
             owner, b, e = (column[batch] for column in rows)
             ids = torch.from_numpy(user_ids[owner]).to(args.device)
@@ -362,8 +363,10 @@ def train(args):
                 learner.step(loss)
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
-        means = (total / observed).tolist()
-        line |= dict(zip(("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), means, strict=True))
+        means = zip(
+            ("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), (total / observed).tolist(), strict=True
+        )
+        line |= dict(means) if epoch else {}
         line["seconds"] = time.time() - tick
         log.append(line)
         # a long warm-up is not judged every epoch: that would take longer than the epoch itself
@@ -371,7 +374,7 @@ def train(args):
             for kind, learner in zip(KINDS, both, strict=True):
                 about = user_ids, starts, items, judged, max_length, args.device
                 line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
-                # what warmed up is what bidirectional training goes on from, as published: no best epoch
+                # bidirectional training goes on from the end of the warm-up, as published, not from its best
                 if learner.best is None or bd < 0 or ndcg > learner.best["NDCG@10"]:
                     learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
                     made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best

@@ -13,6 +13,7 @@ SAME := --epochs 30 --patience 30 --final-rate 0
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DATA)
+	rm -f runs/*.ckpt
 	$(VENV) sasrec_teacher.py $(DATA) --out runs/teacher.pt2
 	$(VENV) adarec_search.py $(DATA) --teacher runs/teacher.pt2 --remember $(SHAPE) --out runs/found.json
 	$(VENV) adarec_search.py $(DATA) --architecture runs/found.json --out runs/untrained.json

@@ -317,8 +317,8 @@ def train(args):
     last = args.warm_up + args.epochs
     weights, both_ways = (args.lambda_teacher, args.lambda_student), args.direction == "both"
     draws = both_ways and (any(weights) or args.negatives == "drawn")
-    trained = *both, rng, drawing
-    past = load_checkpoint(args, trained)
+    trained = both, (rng, drawing)
+    run, past = load_checkpoint(args, *trained)
     log, drawn = past.get("log", []), next((x.numpy() for x in past.get("drawn", ())), None)
     began -= sum(line["seconds"] for line in log)
     # models that are given are judged as they came, in epoch 0
@@ -342,7 +342,7 @@ def train(args):
                 negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], learner.rng))
                 taught = torch.zeros(len(batch), 0, dtype=torch.int64)
                 if drawn is not None:
-                    taught = pad_batch(drawn[side, bd % args.period], b * k, e * k).long()
+                    taught = pad_batch(drawn[side, 0], b * k, e * k).long()
                     if args.negatives == "drawn":
                         beside = taught.view_as(negatives)
                         negatives = torch.where(beside > 0, beside, negatives)
@@ -370,7 +370,7 @@ def train(args):
         line["seconds"] = time.time() - tick
         log.append(line)
         # a long warm-up is not judged every epoch: that would take longer than the epoch itself
-        if bd >= 0 or epoch % args.period == 0 or epoch == last:
+        if bd >= -1 or epoch % args.period == 0:
             for kind, learner in zip(KINDS, both, strict=True):
                 about = user_ids, starts, items, judged, max_length, args.device
                 line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
@@ -380,7 +380,9 @@ def train(args):
                     made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
                     save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
             report(args.out, log, last - epoch, began)
-        save_checkpoint(args, trained, log=log, drawn=[] if drawn is None else [torch.from_numpy(drawn)])
+        left = [] if drawn is None else [torch.from_numpy(drawn[:, 1:].copy())]  # items of epochs to come
+        drawn = left[0].numpy() if left else None
+        save_checkpoint(args.out, run, *trained, log=log, drawn=left)
     Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
@@ -586,45 +588,46 @@ def save_model(args, out, program, module, validation, **config):
 
 def run_of(args):
     """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    settings = {name: value for name, value in vars(args).items() if name != "resume"}
-    files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
-    return settings | files | {"torch": str(torch.__version__), "numpy": np.__version__}
+    files = {"data": sha256_of(args.data), "script": sha256_of(__file__)}
+    return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_checkpoint(args, parts, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules, optimizers, generators of
-    random numbers), and `rest`, tensors and plain values. Random numbers of torch are kept, too.
+def save_checkpoint(out, run, parts, rngs, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules and optimizers) and `rngs`,
+    those of torch's own random numbers, and `rest`, tensors and plain values.
     """
-    states = [p.bit_generator.state if isinstance(p, np.random.Generator) else p.state_dict() for p in parts]
-    drawn, buffer = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), io.BytesIO()
-    torch.save({"run": run_of(args), "states": states, "drawn": drawn, "rest": rest}, buffer)
-    write(f"{args.out}.ckpt", buffer.getvalue())
+    states = [part.state_dict() for part in parts], [rng.bit_generator.state for rng in rngs]
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    buffer = io.BytesIO()
+    torch.save({"run": run, "states": states, "drawn": drawn, "rest": rest}, buffer)
+    write(f"{out}.ckpt", buffer.getvalue())
 
 
-def load_checkpoint(args, parts):
-    """The `rest` of OUT.ckpt, whose states `parts` have from now on; without --resume, {}. Ends if there is
-    none, or one of another run; and without --resume if there is one, for it belongs to a run that stopped.
+def load_checkpoint(args, parts, rngs):
+    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` and `rngs` then have; without
+    --resume {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
     """
-    path = Path(f"{args.out}.ckpt")
+    path, run = Path(f"{args.out}.ckpt"), run_of(args)
+    if path.exists() and not args.resume:
+        sys.exit(f"{path}: a run stopped here; --resume it, or remove it")
     if not args.resume:
-        if path.exists():
-            sys.exit(f"{path}: a run stopped here; go on from it with --resume, or remove it")
-        return {}
+        return run, {}
     file = io.BytesIO(path.read_bytes())
     try:
-        found, run = torch.load(file, weights_only=True), run_of(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(file, weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
-            raise ValueError(f"it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"], strict=True):
-            if isinstance(part, np.random.Generator):
-                part.bit_generator.state = state
-            else:
-                part.load_state_dict(state)
+            sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
+        for part, state in zip(parts, found["states"][0], strict=True):
+            part.load_state_dict(state)
+        for rng, state in zip(rngs, found["states"][1], strict=True):
+            rng.bit_generator.state = state
         torch.set_rng_state(found["drawn"][0])
         torch.cuda.set_rng_state_all(found["drawn"][1])
-        return found["rest"]
-    except Exception as error:  # whatever unpickling meets in a file of another kind
-        sys.exit(f"{path} cannot be resumed; {type(error).__name__}: {error}".splitlines()[0])
+        return run, found["rest"]
+    except Exception:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} cannot be resumed: it is damaged")
 
 
 def report(out, log, left, began, mark=""):
@@ -690,9 +693,10 @@ def main(argv=None):
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or args.out}: {error.strerror}")
     except KeyboardInterrupt:  # files are whole at any time
-        print("stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        more = ", --resume goes on after the last whole epoch" * Path(f"{args.out}.ckpt").exists()
+        print(f"stopped{more}", file=sys.stderr)
         sys.exit(130)
 
 

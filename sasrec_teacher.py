@@ -188,10 +188,10 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 2048}[args.loss]
     contract = {"items": item_count, "max_length": args.max_length}
-    trained = model, optimizer, schedule, rng
+    trained = (model, optimizer, schedule), (rng,)
+    run, past = load_checkpoint(args, *trained)
     if args.epochs == 0:
         save_model(args, args.out, program, model, None, **contract)
-    past = load_checkpoint(args, trained)
     best, log = past.get("best"), past.get("log", [])
     began -= sum(line["seconds"] for line in log)
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -233,7 +233,7 @@ def train(args):
         report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
-        save_checkpoint(args, trained, best=best, log=log)
+        save_checkpoint(args.out, run, *trained, best=best, log=log)
     Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
@@ -387,45 +387,46 @@ def save_model(args, out, program, module, validation, **config):
 
 def run_of(args):
     """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    settings = {name: value for name, value in vars(args).items() if name != "resume"}
-    files = {"data_sha256": sha256_of(args.data), "script_sha256": sha256_of(__file__)}
-    return settings | files | {"torch": str(torch.__version__), "numpy": np.__version__}
+    files = {"data": sha256_of(args.data), "script": sha256_of(__file__)}
+    return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_checkpoint(args, parts, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules, optimizers, generators of
-    random numbers), and `rest`, tensors and plain values. Random numbers of torch are kept, too.
+def save_checkpoint(out, run, parts, rngs, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules and optimizers) and `rngs`,
+    those of torch's own random numbers, and `rest`, tensors and plain values.
     """
-    states = [p.bit_generator.state if isinstance(p, np.random.Generator) else p.state_dict() for p in parts]
-    drawn, buffer = (torch.get_rng_state(), torch.cuda.get_rng_state_all()), io.BytesIO()
-    torch.save({"run": run_of(args), "states": states, "drawn": drawn, "rest": rest}, buffer)
-    write(f"{args.out}.ckpt", buffer.getvalue())
+    states = [part.state_dict() for part in parts], [rng.bit_generator.state for rng in rngs]
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    buffer = io.BytesIO()
+    torch.save({"run": run, "states": states, "drawn": drawn, "rest": rest}, buffer)
+    write(f"{out}.ckpt", buffer.getvalue())
 
 
-def load_checkpoint(args, parts):
-    """The `rest` of OUT.ckpt, whose states `parts` have from now on; without --resume, {}. Ends if there is
-    none, or one of another run; and without --resume if there is one, for it belongs to a run that stopped.
+def load_checkpoint(args, parts, rngs):
+    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` and `rngs` then have; without
+    --resume {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
     """
-    path = Path(f"{args.out}.ckpt")
+    path, run = Path(f"{args.out}.ckpt"), run_of(args)
+    if path.exists() and not args.resume:
+        sys.exit(f"{path}: a run stopped here; --resume it, or remove it")
     if not args.resume:
-        if path.exists():
-            sys.exit(f"{path}: a run stopped here; go on from it with --resume, or remove it")
-        return {}
+        return run, {}
     file = io.BytesIO(path.read_bytes())
     try:
-        found, run = torch.load(file, weights_only=True), run_of(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(file, weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
-            raise ValueError(f"it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"], strict=True):
-            if isinstance(part, np.random.Generator):
-                part.bit_generator.state = state
-            else:
-                part.load_state_dict(state)
+            sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
+        for part, state in zip(parts, found["states"][0], strict=True):
+            part.load_state_dict(state)
+        for rng, state in zip(rngs, found["states"][1], strict=True):
+            rng.bit_generator.state = state
         torch.set_rng_state(found["drawn"][0])
         torch.cuda.set_rng_state_all(found["drawn"][1])
-        return found["rest"]
-    except Exception as error:  # whatever unpickling meets in a file of another kind
-        sys.exit(f"{path} cannot be resumed; {type(error).__name__}: {error}".splitlines()[0])
+        return run, found["rest"]
+    except Exception:  # whatever unpickling meets in a file of another kind
+        sys.exit(f"{path} cannot be resumed: it is damaged")
 
 
 def report(out, log, left, began, mark=""):
@@ -471,9 +472,10 @@ def main(argv=None):
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or args.out}: {error.strerror}")
     except KeyboardInterrupt:  # files are whole at any time
-        print("stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        more = ", --resume goes on after the last whole epoch" * Path(f"{args.out}.ckpt").exists()
+        print(f"stopped{more}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -286,6 +286,8 @@ def make(claim, name, commands, data):
     tick, peak = time.time(), 0
     (ROOT / model).parent.mkdir(parents=True, exist_ok=True)
     for command in commands:
+        if (ROOT / f"{stem}.ckpt").exists() and command == commands[-1]:
+            command += " --resume"
         with open(ROOT / f"runs/{claim}/{name}.out", "w") as printed:
             process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=printed)
             _, status, usage = os.wait4(process.pid, 0)

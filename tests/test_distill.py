@@ -456,7 +456,7 @@ def test_loss_that_is_not_finite_is_told_and_nothing_overwritten(small, models, 
     out.write_text("old")
     argv = small, "--student", models[0], "--out", out, "--learning-rate", 1e30, "--batch-size", 2
     assert "distance between layers is not finite" in fails(*argv, "--teacher", models[1])
-    assert "go on from it with --resume, or remove it" in fails(*argv)
+    assert "--resume it, or remove it" in fails(*argv)
     (tmp_path / "out.pt2.ckpt").unlink()
     assert "the loss became" in fails(*argv)
     assert out.read_text() == "old"

@@ -4,6 +4,7 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sasrec_teacher
@@ -24,37 +25,43 @@ def folder(tmp_path_factory):
 
 
 COMMANDS = {
-    "sasrec_teacher": ("out.pt2", "--max-length 8 --dim 8 --epochs 6 --patience 6"),
+    "sasrec_teacher": ("out.pt2", "--max-length 8 --dim 8 --epochs 6 --patience 3 --final-rate 0.1"),
     "adarec_search": (
         "out.json",
-        "--teacher teacher.pt2 --cells 1 --nodes 2 --dim 8 --epochs 4 --alpha-warm-up 2",
+        "--teacher teacher.pt2 --cells 1 --nodes 2 --dim 8 --epochs 6 --alpha-warm-up 2",
     ),
-    "emd_distill": ("out.pt2", "--teacher teacher.pt2 --student student.pt2 --epochs 6 --patience 6"),
-    "bidirectional_distill": ("out", "--base cdae --dims 6 3 --warm-up 2 --epochs 3 --period 2"),
+    "emd_distill": (
+        "out.pt2",
+        "--teacher teacher.pt2 --student student.pt2 --epochs 6 --patience 3 --final-rate 0.1 --negatives 9",
+    ),
+    "bidirectional_distill": ("out", "--base cdae --dims 6 3 --warm-up 2 --epochs 4 --period 3"),
+    "bidirectional_distill, models given": (
+        "out",
+        "--teacher teacher.pt2 --student student.pt2 --epochs 4 --period 3 --weight-decay 0.01 0.02",
+    ),
 }
-MODELS = {"adarec_search": ["out.pt2", "out.json"]}
-MODELS |= {"bidirectional_distill": ["out-teacher.pt2", "out-student.pt2"]}
+MODELS = {"adarec_search": ["out.pt2", "out.json"], "sasrec_teacher": ["out.pt2"], "emd_distill": ["out.pt2"]}
 
 
 @pytest.fixture
 def call(folder, tmp_path, monkeypatch):
-    """A function that runs a script in a folder of its own, until `stop` files were written."""
+    """A function that runs a script in a folder of its own, and stops it at the n-th file of some suffix."""
 
-    def run(script, name, *more, stop=None):
+    def run(script, name, *more, suffix="", stop=None):
         out, options = COMMANDS[script]
         argv = [str(folder / word) if word.endswith(".pt2") else word for word in options.split()]
         argv = [str(folder / "data.txt"), *argv, "--out", str(tmp_path / name / out), *map(str, more)]
         written, replace = [], Path.replace
 
         def stopped(path, target):
-            written.append(target)
+            written.extend([target] * str(target).endswith(suffix))
             if len(written) == stop:  # the file is complete, but not yet at its place
                 raise KeyboardInterrupt
             return replace(path, target)
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", stopped)
-            importlib.import_module(script).main(argv)
+            importlib.import_module(script.split(",")[0]).main(argv)
 
     return run
 
@@ -62,7 +69,9 @@ def call(folder, tmp_path, monkeypatch):
 def files(folder, script):
     """The models and the log that a run has written, without the seconds in it."""
     out = COMMANDS[script][0]
-    models = [(folder / name).read_bytes() for name in MODELS.get(script, ["out.pt2"])]
+    models = [
+        (folder / name).read_bytes() for name in MODELS.get(script, ["out-teacher.pt2", "out-student.pt2"])
+    ]
     lines = [json.loads(line) for line in (folder / f"{out}.log.jsonl").read_text().splitlines()]
     return models, [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
 
@@ -76,21 +85,24 @@ def state(folder):
 def test_stopped_anywhere_and_resumed_is_the_run_that_was_not_stopped(script, call, tmp_path, capsys):
     call(script, "whole")
     assert not list((tmp_path / "whole").glob("*.ckpt"))
-    for stop in (1, 4, 6, 9):
-        name = str(stop)
+    for suffix, stop in (("", 1), (".ckpt", 2), (".ckpt", 3)):
+        name = f"{suffix}{stop}"
         with pytest.raises(SystemExit) as end:
-            call(script, name, stop=stop)
+            call(script, name, suffix=suffix, stop=stop)
         said = capsys.readouterr().err
-        assert end.value.code == 130 and said.count("\n") == 1 and "--resume goes on" in said
-        stopped = bool(list((tmp_path / name).glob("*.ckpt")))
-        assert stopped == (stop > 3)
-        call(script, name, *["--resume"] * stopped)
+        assert end.value.code == 130 and said.startswith("stopped") and said.count("\n") == 1
+        assert ("--resume goes on" in said) == bool(list((tmp_path / name).glob("*.ckpt"))) == bool(suffix)
+        call(script, name, *["--resume"] * bool(suffix))
+        epochs = [line["epoch"] for line in files(tmp_path / name, script)[1]]
+        assert f"epoch {epochs[stop - 1]:3}" in capsys.readouterr().out or not suffix
         assert files(tmp_path / name, script) == files(tmp_path / "whole", script)
         assert not list((tmp_path / name).glob("*.ckpt"))
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_what_cannot_be_resumed_is_told_and_nothing_touched(script, call, tmp_path, folder):
+def test_what_cannot_be_resumed_is_told_and_nothing_touched(
+    script, call, tmp_path, folder, monkeypatch, recwarn
+):
     def fails(*more):
         before = state(tmp_path / "run")
         with pytest.raises(SystemExit) as end:
@@ -100,19 +112,28 @@ def test_what_cannot_be_resumed_is_told_and_nothing_touched(script, call, tmp_pa
         return end.value.code
 
     with pytest.raises(SystemExit):
-        call(script, "run", stop=9)
-    assert "go on from it with --resume, or remove it" in fails()
+        call(script, "run", suffix=".ckpt", stop=3)
+    assert "a run stopped here; --resume it, or remove it" in fails()
+    if script == "sasrec_teacher":
+        assert "a run stopped here" in fails("--epochs", 0)
     assert "of a run with another learning_rate" in fails("--resume", "--learning-rate", 0.1)
     assert "of a run with another seed" in fails("--resume", "--seed", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "__version__", "1")
+        assert "of a run with another numpy" in fails("--resume")
+        patch.setattr(importlib.import_module(script.split(",")[0]), "__file__", str(folder / "student.pt2"))
+        assert "of a run with another script" in fails("--resume")
     (checkpoint,) = (tmp_path / "run").glob("*.ckpt")
     whole, data = checkpoint.read_bytes(), (folder / "data.txt").read_text()
     for broken in (whole[: len(whole) // 2], whole[:-1], b"", b"no checkpoint", b"\x80\x04c"):
         checkpoint.write_bytes(broken)
-        assert "cannot be resumed" in fails("--resume")
+        recwarn.clear()
+        assert "cannot be resumed: it is damaged" in fails("--resume") and not recwarn.list
     checkpoint.write_bytes(whole)
     (folder / "data.txt").write_text(data.replace("1 8\n", "1 9\n", 1))
     try:
-        assert "data_sha256" in fails("--resume") or script in ("emd_distill", "adarec_search")
+        other = "with another data" if ".pt2" not in COMMANDS[script][1] else "was trained on other data"
+        assert other in fails("--resume")
     finally:
         (folder / "data.txt").write_text(data)
     checkpoint.unlink()

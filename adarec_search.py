@@ -776,6 +776,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """`--help`: the words at the top of this file as they stand, and each option's default."""
 
 
+def refuse_numbers(parser, args):
+    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
+    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            low = type(x) in (int, float) and (x < 0 or (type(x) is int and x == 0 and name not in may_be_0))
+            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
+                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+
+
 def main(argv=None):
     """Read the command line, search or build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -806,8 +816,9 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not 0 <= args.gamma <= 1 or args.epochs <= args.alpha_warm_up or not args.out.endswith(".json"):
-        parser.error("--gamma must lie in [0, 1], --epochs be above --alpha-warm-up, --out end in .json")
+    refuse_numbers(parser, args)
+    if args.epochs <= args.alpha_warm_up or not args.out.endswith(".json"):
+        parser.error("--epochs must be above --alpha-warm-up, and --out end in .json")
     try:
         build(args) if args.architecture or args.random is not None else search(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -657,6 +657,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """`--help`: the words at the top of this file as they stand, and each option's default."""
 
 
+def refuse_numbers(parser, args):
+    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
+    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            low = type(x) in (int, float) and (x < 0 or (type(x) is int and x == 0 and name not in may_be_0))
+            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
+                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+
+
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -674,7 +684,7 @@ def main(argv=None):
         add(f"--{name.replace('_', '-')}", **options, type=kind, default=argparse.SUPPRESS, help=what)
     add("--lambda-teacher", type=float, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
     add("--lambda-student", type=float, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
-    add("--weight-decay", **pair, type=float, default=[0, 0], help="of Adam while both train")
+    add("--weight-decay", **pair, type=float, default=[0.0, 0.0], help="of Adam while both train")
     add("--period", type=int, default=10, help="p: epochs between renewals of the ranks")
     add("--direction", choices=["both", "none"], default="both", help="none: both go on alone")
     add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that are taught")
@@ -690,6 +700,9 @@ def main(argv=None):
         if name not in args:
             given = name == "warm_up" and args.teacher
             setattr(args, name, 0 if given else defaults[min(2, list(L_CF).index(args.base))])
+    refuse_numbers(parser, args)
+    if not args.teacher and args.warm_up + args.epochs == 0:
+        parser.error("--warm-up and --epochs are 0: nothing to train")
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

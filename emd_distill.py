@@ -565,6 +565,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """`--help`: the words at the top of this file as they stand, and each option's default."""
 
 
+def refuse_numbers(parser, args):
+    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
+    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            low = type(x) in (int, float) and (x < 0 or (type(x) is int and x == 0 and name not in may_be_0))
+            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
+                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+
+
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -589,8 +599,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not (0 <= args.gamma <= 1 and 0 <= args.final_rate <= 1 and args.learning_rate >= 0):
-        parser.error("--gamma and --final-rate must lie in [0, 1], and --learning-rate not be below 0")
+    refuse_numbers(parser, args)
     try:
         train(args)
     except OSError as error:  # a file that is not there, or a place that cannot be written

@@ -315,6 +315,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """`--help`: the words at the top of this file as they stand, and each option's default."""
 
 
+def refuse_numbers(parser, args):
+    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
+    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            low = type(x) in (int, float) and (x < 0 or (type(x) is int and x == 0 and name not in may_be_0))
+            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
+                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+
+
 def main(argv=None):
     """Read the command line, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -331,8 +341,9 @@ def main(argv=None):
     add("--recommend", type=int, metavar="USER", help="print what each model recommends to this user")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if args.negatives < 1 or min(args.at) < 1:
-        parser.error("--negatives and --at must be 1 or more")
+    refuse_numbers(parser, args)
+    if args.negatives < 1:
+        parser.error("--negatives must be 1 or more")
     try:
         if args.recommend is not None:
             recommend(args)

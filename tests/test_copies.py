@@ -32,6 +32,7 @@ def test_same_name_same_text(one, other):
 def test_what_scripts_share_is_there():
     has = {script: definitions(script).keys() for script in SCRIPTS}
     reading = {"read_interactions", "leave_one_out", "pad_batch", "rank_of_target", "sha256_of", "Help"}
+    reading |= {"refuse_numbers"}
     training = {"training_part", "batches_of_like_length", "save_model", "report", "write"}
     training |= {"run_of", "save_checkpoint", "load_checkpoint"}
     layers = {

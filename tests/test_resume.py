@@ -28,7 +28,7 @@ COMMANDS = {
     "sasrec_teacher": ("out.pt2", "--max-length 8 --dim 8 --epochs 6 --patience 3 --final-rate 0.1"),
     "adarec_search": (
         "out.json",
-        "--teacher teacher.pt2 --cells 1 --nodes 2 --dim 8 --epochs 6 --alpha-warm-up 2",
+        "--teacher teacher.pt2 --cells 1 --nodes 2 --dim 8 --epochs 6 --alpha-warm-up 1",
     ),
     "emd_distill": (
         "out.pt2",

@@ -106,23 +106,36 @@ def adarec():
             tried = architecture(f"{runs}-search-{name}.json", edges_of(scene, name))
             yield student(scene, f"search-{name}-alone", tried, 0, options["short"])
         found = architecture(f"{runs}-search.json", edges_of(scene))
-        if scene == "ml-1m":  # trained longer, twice; and one that sees the whole history, not 13 items
-            yield student(scene, "long", found, 0, f"{options['long']} {taught}")
-            again = f"--student {runs}-long-0.pt2 {options['longer']} {taught} {FALLING}"
-            yield f"{scene}-longer-0", [f"emd_distill.py {data} {again}"]
+        if scene == "ml-1m":  # trained longer, twice; as wide as the teacher; one that sees the whole history
+            wide = architecture(f"{runs}-wide.json", edges_of("games"), dim=128)
+            for seed in range(3):
+                for name, path in (("long", found), ("wide", wide)):
+                    yield student(scene, name, path, seed, f"{options['long']} {taught}")
+                    again = f"--student {runs}-{name}-{seed}.pt2 {options['longer']} {taught} {FALLING}"
+                    yield (
+                        f"{scene}-{name.rstrip('e')}er-{seed}",
+                        [f"emd_distill.py {data} {again} --seed {seed}"],
+                    )
             far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
             yield student(scene, "far", far, 0, f"{options['train']} {taught}")
             yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")
-            wide = architecture(f"{runs}-wide.json", edges_of("games"), dim=128)
-            yield student(scene, "wide", wide, 0, f"{options['long']} {taught}")
-        if scene == "games":  # the architecture that was searched on beauty, with a teacher
-            moved = architecture(f"{runs}-from-beauty.json", edges_of("beauty"))
-            yield student(scene, "beauty-emd", moved, 0, f"{options['train']} {taught}")
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 how = options["train"] + ("" if name == "none" else f" {taught} {mapping}")
                 if scene != "beauty" or name in ("emd", "none"):
                     yield student(scene, name, found, seed, how)
+    for seed in range(3):  # that of `make demo`, with other seeds
+        data, runs, same = "data/ml-100k.txt", "runs/adarec/demo", f"--seed {seed}"
+        yield f"demo-teacher-{seed}", [f"sasrec_teacher.py {data} {same}"]
+        taught = f"--teacher {runs}-teacher-{seed}.pt2 --remember"
+        search = f"{taught} --cells 1 --nodes 2 --dim 32 {same}"
+        yield f"demo-search-{seed}", [f"adarec_search.py {data} {search}"]
+        start = f"{runs}-start-{seed}"
+        source = f"--architecture {runs}-search-{seed}.json {same} --out {start}.json"
+        for name, teacher in (("student", taught), ("alone", "")):
+            train = f"--student {start}.pt2 {teacher} --epochs 30 {FALLING} {same}"
+            build = f"adarec_search.py {data} {source}"
+            yield f"demo-{name}-{seed}", [build, f"emd_distill.py {data} {train}"]
     for seed in range(2):  # without a teacher: what was searched against chance, and against other scenes
         for scene, options in SCENES.items():
             data, runs, short = f"data/{scene}.txt", f"runs/adarec/{scene}", options["short"]
@@ -217,7 +230,7 @@ def adarec_table():
             continue
         print(f"\n{scene}: teacher {teacher['NDCG@10']:.4f}, {teacher['macs']:,} multiply-adds; student of")
         print(f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / model['macs']:.1f}x fewer")
-        for name in [*TAUGHT, "long", "longer", "far", "far-long", "wide", "beauty-emd"]:
+        for name in [*TAUGHT, "long", "longer", "far", "far-long", "wide", "wider"]:
             values = ndcg(f"{scene}-{name}-{seed}" for seed in range(3))
             if len(values):
                 print(
@@ -235,6 +248,8 @@ def adarec_table():
             values = ndcg(f"{scene}-from-{other}-{seed}" for seed in range(2))
             if len(values):
                 print(f"    the architecture of {other} {spread(values)}")
+    for name in ("teacher", "student", "alone"):
+        print(f"demo, {name}: {spread(ndcg(f'demo-{name}-{seed}' for seed in range(3)))}")
 
 
 def bidirectional_table():

@@ -111,11 +111,9 @@ def adarec():
             for seed in range(3):
                 for name, path in (("long", found), ("wide", wide)):
                     yield student(scene, name, path, seed, f"{options['long']} {taught}")
-                    again = f"--student {runs}-{name}-{seed}.pt2 {options['longer']} {taught} {FALLING}"
-                    yield (
-                        f"{scene}-{name.rstrip('e')}er-{seed}",
-                        [f"emd_distill.py {data} {again} --seed {seed}"],
-                    )
+                    again = f"--student {runs}-{name}-{seed}.pt2 {options['longer']} --seed {seed}"
+                    again = f"emd_distill.py {data} {again} {taught} {FALLING}"
+                    yield f"{scene}-{name.rstrip('e')}er-{seed}", [again]
             far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
             yield student(scene, "far", far, 0, f"{options['train']} {taught}")
             yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")

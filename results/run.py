@@ -172,8 +172,17 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "paper": "",
     "paper-half": "--temperature inf",
     "top": "--sampling top",
+    "alone-knowing": "--direction none",  # negatives are never validation or test items, as published
 }
 DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published sums, and on our means
+
+
+def patched(name, command):
+    """Commands that make a copy of a script with results/published/NAME.patch, and that run it instead."""
+    script, options = command.split(maxsplit=1)
+    copy = f"runs/published/{name}/{script}"
+    (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
+    return [f"patch -o {copy} {script} results/published/{name}.patch"], f"{copy} {options}"
 
 
 def bidirectional():
@@ -186,9 +195,13 @@ def bidirectional():
         teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"
         yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
         for name, options in TOGETHER.items():
-            if base == "bpr" or "drawn" not in options:
-                student = f"--student {runs}/{base}-start-{seed}-student.pt2"
-                yield f"{base}-{name}-{seed}", [f"{script} {teacher} {student} {options}"]
+            knows = name == "alone-knowing"
+            patch, how = patched("negatives", script) if knows else ([], script)
+            student = f"--student {runs}/{base}-start-{seed}-student.pt2"
+            if base == "bpr":
+                yield f"{base}-{name}-{seed}", [*patch, f"{how} {teacher} {student} {options}"]
+            elif "drawn" not in options:
+                yield f"{base}-{name}-{seed}", [*patch, f"{how} {teacher} {student} {options} --epochs 200"]
         if base == "bpr":
             valid = {}
             for name, decay in DECAYS.items():  # a teacher of one dimension: only the student is wanted
@@ -288,21 +301,26 @@ def figures(claim, name):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def words(command, python):
+    """The words of a command; those of a script begin with `python`."""
+    return [python] * (not command.startswith("patch ")) + shlex.split(command)
+
+
 def make(claim, name, commands, data):
     """Run `commands`, the last of which writes runs/CLAIM/NAME; write their JSON with the model's figures."""
     model = f"runs/{claim}/{name}.pt2"
     out = model.replace(".pt2", ".json") if commands[-1].startswith("adarec_search") else model
-    stem = out.removesuffix(".pt2") if commands[-1].startswith("bidirectional") else out
+    stem = out.removesuffix(".pt2") if "bidirectional_distill.py" in commands[-1] else out
     commands = [*commands[:-1], f"{commands[-1]} --out {stem}"]
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found = {"commands": [" ".join(f"python {c}".split()) for c in commands], "commit": git.stdout.strip()}
+    found = {"commands": [" ".join(words(c, "python")) for c in commands], "commit": git.stdout.strip()}
     tick, peak = time.time(), 0
     (ROOT / model).parent.mkdir(parents=True, exist_ok=True)
     for command in commands:
         if (ROOT / f"{stem}.ckpt").exists() and command == commands[-1]:
             command += " --resume"
         with open(ROOT / f"runs/{claim}/{name}.out", "w") as printed:
-            process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=printed)
+            process = subprocess.Popen(words(command, sys.executable), cwd=ROOT, stdout=printed)
             _, status, usage = os.wait4(process.pid, 0)
         peak = max(peak, usage.ru_maxrss)
         if status:
@@ -314,7 +332,7 @@ def make(claim, name, commands, data):
         found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
         printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
         found["cost"] = float(printed.split("cost ")[-1].split(",")[0])
-    elif commands[-1].startswith("bidirectional"):
+    elif "bidirectional_distill.py" in commands[-1]:
         found |= both_models(out.removesuffix(".pt2"), data)
     else:
         log = [json.loads(line) for line in (ROOT / f"{out}.log.jsonl").read_text().splitlines()]

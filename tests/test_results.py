@@ -1,14 +1,18 @@
 """results/run.py: its commands are ones that the scripts understand, and its figures by brute force."""
 
 import importlib
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
+root = Path(__file__).resolve().parent.parent
+published = root / "results" / "published"
+sys.path.insert(0, str(root / "results"))
 import run  # noqa: E402
 
 
@@ -20,15 +24,24 @@ def test_every_command_is_understood(claim, monkeypatch, tmp_path):
     for commands in runs.values():
         for command in commands:
             script, *argv = shlex.split(command.replace("COST", "0.5"))
-            if script == "data/prepare.py":
+            if script in ("data/prepare.py", "patch"):
                 continue
-            module, asked = importlib.import_module(script.removesuffix(".py")), []
+            module, asked = importlib.import_module(Path(script).stem), []
             for name in ("train", "search", "build"):
                 monkeypatch.setattr(module, name, asked.append, raising=False)
             module.main([*argv, "--out", "x.json"])
             assert len(asked) == 1 and asked[0].data == argv[0]
             understood += 1
     assert understood >= len(runs)
+
+
+@pytest.mark.parametrize("patch", sorted(published.glob("*.patch")), ids=lambda patch: patch.stem)
+def test_every_patch_fits(patch, tmp_path):
+    script = re.search(r"^--- (\S+)", patch.read_text()).group(1)
+    (command,), _ = run.patched(patch.stem, f"{script} DATA")
+    assert command.split()[3] == script
+    made = subprocess.run(["patch", "--fuzz", "0", "-o", tmp_path / script, root / script, patch])
+    assert made.returncode == 0 and (tmp_path / script).read_text() != (root / script).read_text()
 
 
 def test_figures_as_the_notebooks_count_them():

@@ -26,6 +26,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linprog
+from torch import distributed as dist
 from torch import nn
 
 # the operations O; of a convolution, how many items back each of its taps looks, oldest first
@@ -233,7 +235,7 @@ class MixedCell(nn.Module):
         return cell
 
 
-def choose(alpha, tau, relaxation):
+def choose(alpha, tau, relaxation, rng):
     """y [E, |O|], the choice of an operation for each edge, differentiable in alpha [E, |O|].
 
     `gumbel`: y = softmax((log_softmax(alpha) + g) / tau), g Gumbel noise, and forward the one-hot vector of
@@ -242,7 +244,7 @@ def choose(alpha, tau, relaxation):
     """
     if relaxation == "softmax":
         return alpha.softmax(-1)
-    g = -torch.empty_like(alpha).exponential_().log()
+    g = torch.from_numpy(rng.gumbel(size=alpha.shape)).to(alpha)
     soft = ((alpha.log_softmax(-1) + g) / tau).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), alpha.shape[-1]).to(soft)
     return hard + (soft - soft.detach())
@@ -409,7 +411,7 @@ def L(student, teacher, target, negatives, W, w, p, costs, args):
         return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
     l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
     distance = kl_distances(W[1](hidden[1:]), hidden_T[1:])
-    D = distance.detach().double().cpu().numpy()
+    D = mean_of_all(distance, len(output))
     flow = transport(*w, D)
     w = updated_weights(w[0], (flow * D).sum(1)), updated_weights(w[1], (flow * D).sum(0))
     l_hid = emd_loss(distance, flow)
@@ -430,9 +432,11 @@ def search(args):
     teacher, W, w = None, None, None
     if args.teacher and args.gamma > 0:
         program, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
-        teacher = program.module().requires_grad_(False).to(args.device)
+        teacher = program.module().requires_grad_(False)
         max_length = args.max_length or config["max_length"]
-    users, begin, end, _ = training_part(args.data, starts, max_length, rng)
+    users, begin, end, judged = training_part(args.data, starts, max_length, rng)
+    join(args, len(users), len(judged))
+    teacher = teacher and teacher.to(args.device)
     Q = proposal(items, begin, end) if args.negatives else None
     answers = {} if args.remember else None
 
@@ -449,49 +453,51 @@ def search(args):
     groups = [{"params": learned}, {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    mean_count = (end - begin - 1).sum() / math.ceil(len(users) / args.batch_size)
-    trained = (model, nn.ParameterList([alpha]), *(W or ()), optimizer), (rng,)
-    run, past = load_checkpoint(args, *trained)
+    length = end - begin - 1
+    steps, positions = math.ceil(len(users) / args.batch_size), int(length.sum())
+    trained = model, nn.ParameterList([alpha]), *(W or ()), optimizer
+    run, past = load_checkpoint(args, trained)
     log, w = past.get("log", []), [x.numpy() for x in past.get("w", ())] or w
     began -= sum(line["seconds"] for line in log)
     for epoch in range(len(log) + 1, args.epochs + 1):
         tau = 0.8 ** ((epoch - 1) // 5)  # anneals from 1, a fifth less every 5 epochs
-        total, flows, positions, tick = 0, 0, 0, time.time()
-        batches = batches_of_like_length(end - begin, args.batch_size, rng)
-        for step, batch in enumerate(batches, 1):
-            ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
-            inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
-            targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
-            real = inputs > 0
+        rng, total, flows, tick = random_numbers(args.seed, epoch), 0, 0, time.time()
+        for step, batch in enumerate(batches_of_like_length(length, args.batch_size, rng), 1):
+            mine = batch[share()]
+            ids = torch.from_numpy(user_ids[users[mine]]).to(args.device)
+            inputs = pad_batch(items, begin[mine], end[mine] - 1)
+            targets = pad_batch(items, begin[mine] + 1, end[mine])
+            inputs, real = inputs.to(args.device), inputs > 0
             # at first alpha waits, and y is the mixture of all: kernels learn before they are chosen among
             waits, p = epoch <= args.alpha_warm_up, alpha.softmax(-1)
-            y = p.detach() if waits else choose(alpha, tau, args.relaxation)
+            y = p.detach() if waits else choose(alpha, tau, args.relaxation, rng)
             made = at_real(model(ids, inputs, y), real)
             drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
-            negatives = [x.to(args.device) for x in drawn]
-            taught = ask(teacher, ids, inputs, batch, answers) if teacher else None
-            loss, parts, flow, w = L(made, taught, targets[real], negatives, W, w, p, costs, args)
-            count = int(real.sum())
+            target, *negatives = (x.to(args.device) for x in (targets[real], *drawn))
+            taught = ask(teacher, ids, inputs, mine, answers) if teacher else None
+            loss, parts, flow, w = L(made, taught, target, negatives, W, w, p, costs, args)
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
-            (loss * count / mean_count).backward()
+            (loss * len(target) * steps / positions).backward()
             if waits:
                 alpha.grad = None
+            add_up([weight.grad for group in groups for weight in group["params"]])
             optimizer.step()
-            total = total + count * np.array([part.item() for part in parts])
-            flows, positions = flows + count * flow, positions + count
-            if not math.isfinite(loss.item()):
-                sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
+            total = total + len(target) * torch.stack([part.detach().double() for part in parts])
+            flows = flows + length[batch].sum() * flow
             if sys.stdout.isatty():
-                print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
+                print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
         edges, p = best_edges(alpha), alpha.detach().softmax(-1)
-        mean = (total / positions).tolist()
-        mean = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), mean, strict=False)
-        log += [{"epoch": epoch} | dict(mean) | {"tau": tau, "seconds": time.time() - tick}]
+        add_up([total])
+        if not total.isfinite().all():
+            sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
+        means = (total / positions).tolist()
+        means = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), means, strict=False)
+        log += [{"epoch": epoch} | dict(means) | {"tau": tau, "seconds": time.time() - tick}]
         log[-1] |= {"sure": p.max(-1).values.mean().item()}
-        log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": np.divide(flows, positions).tolist()}
+        log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": (flows / positions).tolist()}
         report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
-        save_checkpoint(args.out, run, *trained, log=log, w=[torch.tensor(x) for x in w or ()])
+        save_checkpoint(args.out, run, trained, log=log, w=[torch.tensor(x) for x in w or ()])
     save_student(args, derive(model, best_edges(alpha)), best_edges(alpha), max_length)
     Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
@@ -644,7 +650,7 @@ def pad_batch(items, begin, end):
     """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
     rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
     inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
 
 
 def batches_of_like_length(length, batch_size, rng):
@@ -655,8 +661,56 @@ def batches_of_like_length(length, batch_size, rng):
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
     chunks = [order[k : k + window] for k in range(0, len(order), window)]
     order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
     return [batches[k] for k in rng.permutation(len(batches))]
+
+
+# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
+
+
+def random_numbers(seed, epoch):
+    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
+    return rng
+
+
+def join(args, rows, judged):
+    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
+    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
+    """
+    if "RANK" not in os.environ:
+        return
+    cuda = args.device.startswith("cuda")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except ValueError as error:
+        sys.exit(f"RANK is set, as torchrun does, but not all that it sets: {error}")
+    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
+        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = io.StringIO()  # one process prints
+
+
+def share():
+    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+
+
+def add_up(tensors):
+    """Add up each of `tensors` over all processes, in place; None stays None."""
+    for tensor in tensors if dist.is_initialized() else ():
+        if tensor is not None:
+            dist.all_reduce(tensor)
+
+
+def mean_of_all(mean, count):
+    """The mean over all processes' positions, of this one's `mean` over its `count`: a float64 array."""
+    sums = [mean.detach().double().cpu() * count, torch.tensor(float(count), dtype=torch.float64)]
+    add_up(sums)
+    return (sums[0] / sums[1]).numpy()
 
 
 # ---- Files ---------------------------------------------------------------------------------------------
@@ -669,6 +723,8 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
+    if share().start:  # one process writes
+        return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
@@ -723,20 +779,18 @@ def run_of(args):
     return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_checkpoint(out, run, parts, rngs, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules and optimizers) and `rngs`,
-    those of torch's own random numbers, and `rest`, tensors and plain values.
+def save_checkpoint(out, run, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
+    tensors and plain values.
     """
-    states = [part.state_dict() for part in parts], [rng.bit_generator.state for rng in rngs]
-    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     buffer = io.BytesIO()
-    torch.save({"run": run, "states": states, "drawn": drawn, "rest": rest}, buffer)
+    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
     write(f"{out}.ckpt", buffer.getvalue())
 
 
-def load_checkpoint(args, parts, rngs):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` and `rngs` then have; without
-    --resume {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
+def load_checkpoint(args, parts):
+    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
+    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
     """
     path, run = Path(f"{args.out}.ckpt"), run_of(args)
     if path.exists() and not args.resume:
@@ -750,12 +804,8 @@ def load_checkpoint(args, parts, rngs):
             found = torch.load(file, weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
             sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"][0], strict=True):
+        for part, state in zip(parts, found["states"], strict=True):
             part.load_state_dict(state)
-        for rng, state in zip(rngs, found["states"][1], strict=True):
-            rng.bit_generator.state = state
-        torch.set_rng_state(found["drawn"][0])
-        torch.cuda.set_rng_state_all(found["drawn"][1])
         return run, found["rest"]
     except Exception:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} cannot be resumed: it is damaged")

@@ -25,6 +25,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -34,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
 
 TOP = 100  # of --sampling top, the other model's best items; and where z is 0 with --base softmax
@@ -226,11 +228,11 @@ BASES = {"bpr": BPR, "cdae": CDAE}
 
 
 class Learner:
-    """A program that is trained: its two modules, optimizer, best epoch, and random numbers for negatives."""
+    """A program that is trained: its two modules, optimizer, and best epoch."""
 
     def __init__(self, program, args, side):
         # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
-        self.program, self.rng = program, np.random.default_rng([args.seed, side])
+        self.program = program
         self.model = with_dropout(program.module(), True).to(args.device)
         with_dropout(program.graph_module, False)  # should it have been exported in training
         self.judge, self.best = program.module().to(args.device), None
@@ -242,21 +244,19 @@ class Learner:
 
     def state_dict(self):
         """What a checkpoint keeps of it."""
-        states = {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
-        return states | {"rng": self.rng.bit_generator.state, "best": self.best}
+        return {"model": self.model.state_dict(), "adam": self.adam.state_dict(), "best": self.best}
 
     def load_state_dict(self, state):
         """Be as the learner was that gave `state`."""
         self.model.load_state_dict(state["model"])
         self.adam.load_state_dict(state["adam"])
-        self.rng.bit_generator.state, self.best = state["rng"], state["best"]
+        self.best = state["best"]
 
     def step(self, loss):
         """Follow the gradient of `loss`."""
-        if not loss.isfinite():
-            sys.exit(f"the loss became {loss.item()}; lower --learning-rate")
         self.adam.zero_grad()
         loss.backward()
+        add_up([weight.grad for weight in self.model.parameters()])
         self.adam.step()
 
 
@@ -280,7 +280,7 @@ def renew(teacher, student, data, users, begin, end, args, epochs, rng):
         window, both = pad_batch(items, begin[batch], end[batch]).to(args.device), []
         for learner in (teacher, student):
             _, output, item_vectors = learner.judge(ids, window)
-            scores = (last_state(output, window) @ item_vectors[1:].T).cpu().numpy()
+            scores = (last_state(output, window) @ item_vectors[1:].T).float().cpu().numpy()
             both.append(ranks(scores, observed[:, 1:]))
         for row, p in enumerate(zip(*probabilities(*both, args), strict=True)):
             b, e = begin[batch][row], end[batch][row]
@@ -288,7 +288,25 @@ def renew(teacher, student, data, users, begin, end, args, epochs, rng):
                 drawn[side, :, b * k : e * k] = draw(p[side], (epochs, (e - b) * k), rng)
             rank_T, rank_S = (rank[row, items[e] - 1] if evaluated[users[batch][row]] else 0 for rank in both)
             better += [rank_S < rank_T] if rank_T else []
-    return drawn, float(np.mean(better)) if better else 0.0
+    return torch.from_numpy(drawn), float(np.mean(better)) if better else 0.0
+
+
+def losses(both, ids, history, negatives, taught, args):
+    """L_CF(T), L_BD(T;S), L_CF(S) and L_BD(S;T) of a batch: ids [B], history [B, T], and for each side
+    `negatives` [2, B, T, k] and, unless None, the items that are `taught` [2, B, T k].
+    """
+    found, states = [], []
+    for learner, others in zip(both, negatives, strict=True):
+        _, output, item_vectors = learner.model(ids, history)
+        found += [L_CF[args.base](output, item_vectors, history, others), output.new_zeros(())]
+        state = last_state(output, history), item_vectors
+        states.append((state, zero_of(args.base, *state)))
+    for side, weight in enumerate((args.lambda_teacher, args.lambda_student)):
+        if taught is not None and weight:
+            drawn, pair = taught[side], (states[side], states[1 - side])
+            z_A, z_B = ((logits(*state, drawn) - zero)[drawn > 0] for state, zero in pair)
+            found[2 * side + 1] = bd_loss(z_A, z_B, args.temperature)
+    return found
 
 
 def train(args):
@@ -297,29 +315,29 @@ def train(args):
     torch.manual_seed(args.seed)
     data = user_ids, starts, items = read_interactions(args.data)
     last_ids, k = (int(user_ids.max()), int(items.max())), args.samples
-    both, max_length = [], max(2, int(np.diff(starts).max()))
+    programs, max_length = [], max(2, int(np.diff(starts).max()))
     for side, kind in enumerate(KINDS):
         if args.teacher:
             program, config = load_model(vars(args)[kind], *last_ids, args.data)
             max_length = min(max_length, config["max_length"])
         else:
             program = export(BASES[args.base](*last_ids, args.dims[side]), max_length)
-        both.append(Learner(program, args, side))
-    rng, drawing = np.random.default_rng([args.seed, 2]), np.random.default_rng([args.seed, 3])
+        programs.append(program)
+    rng = np.random.default_rng(args.seed)
     users, begin, end, judged = training_part(args.data, starts, max_length - 1, rng)
     seen = seen_in_training(user_ids, starts, items)
     rows = users, begin, end  # what a batch is of: histories, or with bpr pairs, each a history of one item
     if args.base == "bpr":
         pairs = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
         rows = np.repeat(users, end - begin), pairs, pairs + 1
+    join(args, len(rows[0]), len(judged))
+    both = [Learner(program, args, side) for side, program in enumerate(programs)]
     observed = (rows[2] - rows[1] - (args.base in ("sequence", "softmax"))).sum()
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    last = args.warm_up + args.epochs
-    weights, both_ways = (args.lambda_teacher, args.lambda_student), args.direction == "both"
-    draws = both_ways and (any(weights) or args.negatives == "drawn")
-    trained = both, (rng, drawing)
-    run, past = load_checkpoint(args, *trained)
-    log, drawn = past.get("log", []), next((x.numpy() for x in past.get("drawn", ())), None)
+    last, weights = args.warm_up + args.epochs, (args.lambda_teacher, args.lambda_student)
+    draws = args.direction == "both" and (any(weights) or args.negatives == "drawn")
+    run, past = load_checkpoint(args, both)
+    log, drawn = past.get("log", []), past.get("drawn")
     began -= sum(line["seconds"] for line in log)
     # models that are given are judged as they came, in epoch 0
     for epoch in range(len(log) + (not args.teacher), last + 1):
@@ -328,45 +346,38 @@ def train(args):
             for learner, decay in zip(both, args.weight_decay, strict=True):
                 learner.restart(args.learning_rate, decay)
         if bd >= 0 and draws and bd % args.period == 0:
-            coming = min(args.period, args.epochs - bd)
+            coming, drawing = min(args.period, args.epochs - bd), np.random.default_rng([args.seed, epoch, 1])
             drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
             line["renewal_seconds"] = time.time() - tick
-        total, length = np.zeros(4), rows[2] - rows[1]
-        batches = batches_of_like_length(length, args.batch_size, rng) if epoch else []
+        rng, total = random_numbers(args.seed, epoch), torch.zeros(4, dtype=torch.float64, device=args.device)
+        batches = batches_of_like_length(rows[2] - rows[1], args.batch_size, rng) if epoch else []
         for step, batch in enumerate(batches, 1):
             owner, b, e = (column[batch] for column in rows)
-            ids = torch.from_numpy(user_ids[owner]).to(args.device)
-            history, made, losses = pad_batch(items, b, e).to(args.device), [], []
+            ids, history, taught = torch.from_numpy(user_ids[owner]), pad_batch(items, b, e), None
+            asked = np.broadcast_to(owner[:, None, None], (2, *history.shape, k))
+            negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], rng))
+            if drawn is not None:
+                epochs_items = drawn[:, bd % args.period].numpy()
+                taught = torch.stack([pad_batch(side, b * k, e * k) for side in epochs_items])
+                if args.negatives == "drawn":
+                    beside = taught.view_as(negatives)
+                    negatives = torch.where(beside > 0, beside, negatives)
+                taught = taught[:, share()].to(args.device)
+            ids, history = ids[share()].to(args.device), history[share()].to(args.device)
+            parts = losses(both, ids, history, negatives[:, share()].to(args.device), taught, args)
             for side, learner in enumerate(both):
-                asked = np.broadcast_to(owner[:, None, None], (*history.shape, k))
-                negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], learner.rng))
-                taught = torch.zeros(len(batch), 0, dtype=torch.int64)
-                if drawn is not None:
-                    taught = pad_batch(drawn[side, 0], b * k, e * k).long()
-                    if args.negatives == "drawn":
-                        beside = taught.view_as(negatives)
-                        negatives = torch.where(beside > 0, beside, negatives)
-                _, output, item_vectors = learner.model(ids, history)
-                l_cf = L_CF[args.base](output, item_vectors, history, negatives.to(args.device))
-                state = last_state(output, history), item_vectors
-                made.append((l_cf, taught.to(args.device), state, zero_of(args.base, *state)))
-            for side, weight in enumerate(weights):
-                (l_cf, taught, *_), l_bd = made[side], torch.zeros(())
-                if drawn is not None and weight:
-                    pair = made[side], made[1 - side]
-                    z_A, z_B = ((logits(*state, taught) - zero)[taught > 0] for *_, state, zero in pair)
-                    l_bd = bd_loss(z_A, z_B, args.temperature)
-                # sums, by the mean number of observed items: each counts alike, whatever its batch
-                losses.append(L(l_cf, weight, l_bd) * len(batches) / observed)
-                total[2 * side : 2 * side + 2] += l_cf.item(), l_bd.item()
-            for learner, loss in zip(both, losses, strict=True):  # none moves before both losses are made
-                learner.step(loss)
+                loss = L(parts[2 * side], weights[side], parts[2 * side + 1])
+                # a sum, by the mean number of observed items: each counts alike, whatever its batch
+                learner.step(loss * len(batches) / observed)
+            total += torch.stack(parts).detach()
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
-        means = zip(
-            ("L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"), (total / observed).tolist(), strict=True
-        )
-        line |= dict(means) if epoch else {}
+        add_up([total])
+        if not total.isfinite().all():
+            sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
+        if epoch:
+            names = "L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"
+            line |= zip(names, (total / observed).tolist(), strict=True)
         line["seconds"] = time.time() - tick
         log.append(line)
         # a long warm-up is not judged every epoch: that would take longer than the epoch itself
@@ -380,9 +391,7 @@ def train(args):
                     made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
                     save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
             report(args.out, log, last - epoch, began)
-        left = [] if drawn is None else [torch.from_numpy(drawn[:, 1:].copy())]  # items of epochs to come
-        drawn = left[0].numpy() if left else None
-        save_checkpoint(args.out, run, *trained, log=log, drawn=left)
+        save_checkpoint(args.out, run, both, log=log, drawn=drawn)
     Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
@@ -481,7 +490,7 @@ def pad_batch(items, begin, end):
     """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
     rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
     inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
 
 
 def batches_of_like_length(length, batch_size, rng):
@@ -492,8 +501,49 @@ def batches_of_like_length(length, batch_size, rng):
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
     chunks = [order[k : k + window] for k in range(0, len(order), window)]
     order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
     return [batches[k] for k in rng.permutation(len(batches))]
+
+
+# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
+
+
+def random_numbers(seed, epoch):
+    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
+    return rng
+
+
+def join(args, rows, judged):
+    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
+    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
+    """
+    if "RANK" not in os.environ:
+        return
+    cuda = args.device.startswith("cuda")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except ValueError as error:
+        sys.exit(f"RANK is set, as torchrun does, but not all that it sets: {error}")
+    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
+        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = io.StringIO()  # one process prints
+
+
+def share():
+    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+
+
+def add_up(tensors):
+    """Add up each of `tensors` over all processes, in place; None stays None."""
+    for tensor in tensors if dist.is_initialized() else ():
+        if tensor is not None:
+            dist.all_reduce(tensor)
 
 
 # ---- Validation and files --------------------------------------------------------------------------------
@@ -517,6 +567,7 @@ def rank_of_target(scores, target, seen):
 @torch.no_grad()
 def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
+    judged = judged[share()]
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
     for chosen in np.array_split(np.argsort(end - begin), slices):
@@ -528,7 +579,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
-    return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
+    users, hr, ndcg = sums = torch.stack([torch.ones_like(hit), hit, hit / torch.log2(rank + 1)]).sum(1)
+    add_up([sums])
+    return (hr / users).item(), (ndcg / users).item()
 
 
 def sha256_of(path):
@@ -538,6 +591,8 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
+    if share().start:  # one process writes
+        return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
@@ -592,20 +647,18 @@ def run_of(args):
     return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_checkpoint(out, run, parts, rngs, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules and optimizers) and `rngs`,
-    those of torch's own random numbers, and `rest`, tensors and plain values.
+def save_checkpoint(out, run, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
+    tensors and plain values.
     """
-    states = [part.state_dict() for part in parts], [rng.bit_generator.state for rng in rngs]
-    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     buffer = io.BytesIO()
-    torch.save({"run": run, "states": states, "drawn": drawn, "rest": rest}, buffer)
+    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
     write(f"{out}.ckpt", buffer.getvalue())
 
 
-def load_checkpoint(args, parts, rngs):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` and `rngs` then have; without
-    --resume {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
+def load_checkpoint(args, parts):
+    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
+    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
     """
     path, run = Path(f"{args.out}.ckpt"), run_of(args)
     if path.exists() and not args.resume:
@@ -619,12 +672,8 @@ def load_checkpoint(args, parts, rngs):
             found = torch.load(file, weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
             sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"][0], strict=True):
+        for part, state in zip(parts, found["states"], strict=True):
             part.load_state_dict(state)
-        for rng, state in zip(rngs, found["states"][1], strict=True):
-            rng.bit_generator.state = state
-        torch.set_rng_state(found["drawn"][0])
-        torch.cuda.set_rng_state_all(found["drawn"][1])
         return run, found["rest"]
     except Exception:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} cannot be resumed: it is damaged")

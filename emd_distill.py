@@ -23,6 +23,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linprog
+from torch import distributed as dist
 from torch import nn
 
 # ---- L_hid: transport between layers ---------------------------------------------------------------------
@@ -182,9 +184,11 @@ def fit(W, hidden, hidden_T):
     one_to_one = fixed_flow("one-to-one", len(hidden) - 1, len(hidden_T) - 1).argmax(1) + 1
     pairs = (hidden[:1], hidden_T[:1]), (hidden[1:], hidden_T[one_to_one])
     for projection, (H, H_T) in zip(W, pairs, strict=True):
-        X = F.pad(H, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # a column of ones for the bias
         # in float64: LAPACK rounds by where its memory begins, which the same seed does not decide
-        solution = torch.linalg.lstsq(X, H_T.flatten(0, 1).cpu().double()).solution
+        X = F.pad(H, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # a column of ones for the bias
+        normal = [X.T @ X, X.T @ H_T.flatten(0, 1).cpu().double()]
+        add_up(normal)
+        solution = torch.linalg.lstsq(*normal, driver="gelsd").solution
         projection.weight.data.copy_(solution[:-1].T)
         projection.bias.data.copy_(solution[-1])
 
@@ -207,7 +211,7 @@ def L(student, teacher, target, negatives, W, w, args):
         return loss, [l_ce], np.zeros(0), w
     l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
     D = DISTANCES[args.distance](W[1](hidden[1:]), hidden_T[1:])
-    flow, w = map_layers(D.detach().double().cpu().numpy(), *w, args.mapping)
+    flow, w = map_layers(mean_of_all(D, len(output)), *w, args.mapping)
     l_hid = emd_loss(D, flow)
     return loss + gamma * (l_emb + l_hid), [l_ce, l_emb, l_hid, l_pred], flow, w
 
@@ -276,6 +280,7 @@ def train(args):
     program, config = load_model(args.student, *last_ids, args.data)
     max_length = config["max_length"]
     users, begin, end, judged = training_part(args.data, starts, max_length, rng)
+    join(args, len(users), len(judged))
     Q = proposal(items, begin, end) if args.negatives else None
     answers = {} if args.remember else None
     # both share the parameters of `program`: `judge` judges what `student` learns, and `program` is saved
@@ -291,48 +296,49 @@ def train(args):
         W = [nn.Linear(config["dim"], config_T["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
         w = [np.full(layers, 1 / layers) for layers in (config["layers"], config_T["layers"])]
         learned += [*W[0].parameters(), *W[1].parameters()]
-        torch.manual_seed(args.seed)  # dropout is the same with a teacher and without
-    steps = math.ceil(len(users) / args.batch_size)
-    mean_count = (end - begin - 1).sum() / steps  # positions a batch
+    length = end - begin - 1
+    steps, positions = math.ceil(len(users) / args.batch_size), int(length.sum())
     optimizer = torch.optim.AdamW(learned, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     contract = {key: config.get(key) for key in ("items", "max_length", "architecture")}
-    trained = (student, *(W or ()), optimizer, schedule), (rng,)
-    run, past = load_checkpoint(args, *trained)
+    trained = student, *(W or ()), optimizer, schedule
+    run, past = load_checkpoint(args, trained)
     best, log, w = past.get("best"), past.get("log", []), [x.numpy() for x in past.get("w", ())] or w
     began -= sum(line["seconds"] for line in log)
     for epoch in range(len(log), args.epochs + 1):  # in epoch 0 the student is judged as it came
-        total, flows, positions, tick = 0, 0, 0, time.time()
-        batches = batches_of_like_length(end - begin, args.batch_size, rng) if epoch else []
+        rng, total, flows, tick = random_numbers(args.seed, epoch), 0, 0, time.time()
+        batches = batches_of_like_length(length, args.batch_size, rng) if epoch else []
         for step, batch in enumerate(batches, 1):
-            ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
-            inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
-            targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
-            real = inputs > 0
+            mine = batch[share()]
+            ids = torch.from_numpy(user_ids[users[mine]]).to(args.device)
+            inputs = pad_batch(items, begin[mine], end[mine] - 1)
+            targets = pad_batch(items, begin[mine] + 1, end[mine])
+            inputs, real = inputs.to(args.device), inputs > 0
             drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
-            negatives = [x.to(args.device) for x in drawn]
-            taught = ask(teacher, ids, inputs, batch, answers) if teacher else None
+            target, *negatives = (x.to(args.device) for x in (targets[real], *drawn))
+            taught = ask(teacher, ids, inputs, mine, answers) if teacher else None
             made = at_real(student(ids, inputs), real)
             if teacher and epoch == step == 1:
                 fit(W, made[0].detach(), taught[0])
-            loss, parts, flow, w = L(made, taught, targets[real], negatives, W, w, args)
-            count = int(real.sum())
+            loss, parts, flow, w = L(made, taught, target, negatives, W, w, args)
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
-            (loss * count / mean_count).backward()
+            (loss * len(target) * steps / positions).backward()
+            add_up([weight.grad for weight in learned])
             optimizer.step()
             schedule.step()
-            total = total + count * np.array([part.item() for part in parts])
-            flows, positions = flows + count * flow, positions + count
-            if not math.isfinite(loss.item()):
-                sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
+            total = total + len(target) * torch.stack([part.detach().double() for part in parts])
+            flows = flows + length[batch].sum() * flow
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
         log += [{"epoch": epoch}]
         if epoch:
+            add_up([total])
+            if not total.isfinite().all():
+                sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
             log[-1] |= zip(("L_CE", "L_emb", "L_hid", "L_pred"), (total / positions).tolist(), strict=False)
-            log[-1]["flow"] = np.divide(flows, positions).tolist()
+            log[-1]["flow"] = (flows / positions).tolist()
         hr, ndcg = validate(judge, user_ids, starts, items, judged, max_length, args.device)
         log[-1] |= {"HR@10": hr, "NDCG@10": ndcg, "seconds": time.time() - tick}
         if best is None or ndcg > best["NDCG@10"]:
@@ -343,7 +349,7 @@ def train(args):
         report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
-        save_checkpoint(args.out, run, *trained, best=best, log=log, w=[torch.tensor(x) for x in w or ()])
+        save_checkpoint(args.out, run, trained, best=best, log=log, w=[torch.tensor(x) for x in w or ()])
     if best["epoch"] == 0:  # none was better than the start, which is there again
         program, _ = load_model(args.student, *last_ids, args.data)
         with_dropout(program.graph_module, False)
@@ -408,7 +414,7 @@ def pad_batch(items, begin, end):
     """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
     rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
     inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
 
 
 def batches_of_like_length(length, batch_size, rng):
@@ -419,8 +425,56 @@ def batches_of_like_length(length, batch_size, rng):
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
     chunks = [order[k : k + window] for k in range(0, len(order), window)]
     order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
     return [batches[k] for k in rng.permutation(len(batches))]
+
+
+# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
+
+
+def random_numbers(seed, epoch):
+    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
+    return rng
+
+
+def join(args, rows, judged):
+    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
+    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
+    """
+    if "RANK" not in os.environ:
+        return
+    cuda = args.device.startswith("cuda")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except ValueError as error:
+        sys.exit(f"RANK is set, as torchrun does, but not all that it sets: {error}")
+    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
+        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = io.StringIO()  # one process prints
+
+
+def share():
+    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+
+
+def add_up(tensors):
+    """Add up each of `tensors` over all processes, in place; None stays None."""
+    for tensor in tensors if dist.is_initialized() else ():
+        if tensor is not None:
+            dist.all_reduce(tensor)
+
+
+def mean_of_all(mean, count):
+    """The mean over all processes' positions, of this one's `mean` over its `count`: a float64 array."""
+    sums = [mean.detach().double().cpu() * count, torch.tensor(float(count), dtype=torch.float64)]
+    add_up(sums)
+    return (sums[0] / sums[1]).numpy()
 
 
 # ---- Validation and files --------------------------------------------------------------------------------
@@ -444,6 +498,7 @@ def rank_of_target(scores, target, seen):
 @torch.no_grad()
 def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
+    judged = judged[share()]
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
     for chosen in np.array_split(np.argsort(end - begin), slices):
@@ -455,7 +510,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
-    return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
+    users, hr, ndcg = sums = torch.stack([torch.ones_like(hit), hit, hit / torch.log2(rank + 1)]).sum(1)
+    add_up([sums])
+    return (hr / users).item(), (ndcg / users).item()
 
 
 def sha256_of(path):
@@ -465,6 +522,8 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
+    if share().start:  # one process writes
+        return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
@@ -512,20 +571,18 @@ def run_of(args):
     return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_checkpoint(out, run, parts, rngs, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules and optimizers) and `rngs`,
-    those of torch's own random numbers, and `rest`, tensors and plain values.
+def save_checkpoint(out, run, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
+    tensors and plain values.
     """
-    states = [part.state_dict() for part in parts], [rng.bit_generator.state for rng in rngs]
-    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     buffer = io.BytesIO()
-    torch.save({"run": run, "states": states, "drawn": drawn, "rest": rest}, buffer)
+    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
     write(f"{out}.ckpt", buffer.getvalue())
 
 
-def load_checkpoint(args, parts, rngs):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` and `rngs` then have; without
-    --resume {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
+def load_checkpoint(args, parts):
+    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
+    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
     """
     path, run = Path(f"{args.out}.ckpt"), run_of(args)
     if path.exists() and not args.resume:
@@ -539,12 +596,8 @@ def load_checkpoint(args, parts, rngs):
             found = torch.load(file, weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
             sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"][0], strict=True):
+        for part, state in zip(parts, found["states"], strict=True):
             part.load_state_dict(state)
-        for rng, state in zip(rngs, found["states"][1], strict=True):
-            rng.bit_generator.state = state
-        torch.set_rng_state(found["drawn"][0])
-        torch.cuda.set_rng_state_all(found["drawn"][1])
         return run, found["rest"]
     except Exception:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} cannot be resumed: it is damaged")

@@ -278,7 +278,7 @@ def pad_batch(items, begin, end):
     """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
     rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
     inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
 
 
 def sha256_of(path):

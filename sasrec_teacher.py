@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
 
 # ---- Model (SASRec, section III) -------------------------------------------------------------------------
@@ -171,10 +173,11 @@ def train(args):
     """Train with Adam, stop early, write the model file and its log."""
     began = time.time()
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     user_ids, starts, items = read_interactions(args.data)
     item_count = int(items.max())
+    rng = np.random.default_rng(args.seed)
     users, begin, end, judged = training_part(args.data, starts, args.max_length, rng)
+    join(args, len(users), len(judged))
     seen = seen_in_training(user_ids, starts, items) if args.loss == "bce" else None
     Q = proposal(items, begin, end) if args.loss == "sampled" else None
     shape = args.dim, args.blocks, args.heads, args.dropout
@@ -183,49 +186,52 @@ def train(args):
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
     print(f"{len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; on {args.device}")
-    steps = math.ceil(len(users) / args.batch_size)
-    mean_count = (end - begin - 1).sum() / steps  # positions a batch
+    steps, positions = math.ceil(len(users) / args.batch_size), int((end - begin - 1).sum())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 2048}[args.loss]
     contract = {"items": item_count, "max_length": args.max_length}
-    trained = (model, optimizer, schedule), (rng,)
-    run, past = load_checkpoint(args, *trained)
+    trained = model, optimizer, schedule
+    run, past = load_checkpoint(args, trained)
     if args.epochs == 0:
         save_model(args, args.out, program, model, None, **contract)
     best, log = past.get("best"), past.get("log", [])
     began -= sum(line["seconds"] for line in log)
     for epoch in range(len(log) + 1, args.epochs + 1):
         model.train()
-        total, positions, tick = 0.0, 0, time.time()
+        rng, tick = random_numbers(args.seed, epoch), time.time()
+        total = torch.zeros((), dtype=torch.float64, device=args.device)
         batches = batches_of_like_length(end - begin, args.batch_size, rng)
         for step, batch in enumerate(batches, 1):
-            ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
-            inputs = pad_batch(items, begin[batch], end[batch] - 1).to(args.device)
-            targets = pad_batch(items, begin[batch] + 1, end[batch]).to(args.device)
-            real = inputs > 0
-            count, negatives = int(real.sum()), ()
-            if args.loss == "bce":
-                owner = np.repeat(users[batch], end[batch] - 1 - begin[batch])  # user of each position, [N]
-                drawn = draw_negatives(np.tile(owner[:, None], k), seen, item_count, rng)
-                negatives = [torch.from_numpy(drawn)]  # [N, k]
+            mine = batch[share()]
+            ids = torch.from_numpy(user_ids[users[mine]]).to(args.device)
+            inputs = pad_batch(items, begin[mine], end[mine] - 1)
+            targets = pad_batch(items, begin[mine] + 1, end[mine])
+            real, negatives = inputs > 0, ()
+            if args.loss == "bce":  # the same of a position, however many processes there are
+                longest = (end[batch] - begin[batch]).max() - 1
+                asked = np.broadcast_to(users[batch][:, None, None], (len(batch), longest, k))
+                drawn = draw_negatives(asked, seen, item_count, rng)[share(), : real.shape[1]]
+                negatives = [torch.from_numpy(drawn)[real]]  # [N, k]
             elif args.loss == "sampled":
                 negatives = draw_shared(Q, k, rng)
-            negatives = [drawn.to(args.device) for drawn in negatives]
-            _, output, item_vectors = model(ids, inputs)
-            loss = LOSSES[args.loss](output[real], item_vectors, targets[real], *negatives)
+            targets, *negatives = (x.to(args.device) for x in (targets[real], *negatives))
+            _, output, item_vectors = model(ids, inputs.to(args.device))
+            loss = LOSSES[args.loss](output[real], item_vectors, targets, *negatives)
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
-            (loss * count / mean_count).backward()
+            (loss * len(targets) * steps / positions).backward()
+            add_up([weight.grad for weight in model.parameters()])
             optimizer.step()
             schedule.step()
-            total, positions = total + loss.item() * count, positions + count
-            if not math.isfinite(total):
-                sys.exit(f"the loss became {loss.item()} in epoch {epoch}; lower --learning-rate")
+            total += loss.detach() * len(targets)
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
-        seconds = time.time() - tick
+        add_up([total])
+        loss, seconds = total.item() / positions, time.time() - tick
+        if not math.isfinite(loss):
+            sys.exit(f"the loss became {loss} in epoch {epoch}; lower --learning-rate")
         hr, ndcg = validate(model.eval(), user_ids, starts, items, judged, args.max_length, args.device)
-        log += [{"epoch": epoch, "loss": total / positions, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
+        log += [{"epoch": epoch, "loss": loss, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
         if best is None or ndcg > best["NDCG@10"]:
             best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
             save_model(args, args.out, program, model, best, **contract)
@@ -233,7 +239,7 @@ def train(args):
         report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
         if left == 0:
             break
-        save_checkpoint(args.out, run, *trained, best=best, log=log)
+        save_checkpoint(args.out, run, trained, best=best, log=log)
     Path(f"{args.out}.ckpt").unlink(missing_ok=True)
 
 
@@ -302,7 +308,7 @@ def pad_batch(items, begin, end):
     """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
     rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
     inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], 0))
+    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
 
 
 def batches_of_like_length(length, batch_size, rng):
@@ -313,8 +319,49 @@ def batches_of_like_length(length, batch_size, rng):
     window = batch_size * max(1, min(64, len(length) // batch_size // 4))
     chunks = [order[k : k + window] for k in range(0, len(order), window)]
     order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
     return [batches[k] for k in rng.permutation(len(batches))]
+
+
+# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
+
+
+def random_numbers(seed, epoch):
+    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
+    return rng
+
+
+def join(args, rows, judged):
+    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
+    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
+    """
+    if "RANK" not in os.environ:
+        return
+    cuda = args.device.startswith("cuda")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except ValueError as error:
+        sys.exit(f"RANK is set, as torchrun does, but not all that it sets: {error}")
+    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
+        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.get_rank():
+        sys.stdout = io.StringIO()  # one process prints
+
+
+def share():
+    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+
+
+def add_up(tensors):
+    """Add up each of `tensors` over all processes, in place; None stays None."""
+    for tensor in tensors if dist.is_initialized() else ():
+        if tensor is not None:
+            dist.all_reduce(tensor)
 
 
 # ---- Validation and files --------------------------------------------------------------------------------
@@ -338,6 +385,7 @@ def rank_of_target(scores, target, seen):
 @torch.no_grad()
 def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
+    judged = judged[share()]
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
     slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
     for chosen in np.array_split(np.argsort(end - begin), slices):
@@ -349,7 +397,9 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
         ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
-    return hit.mean().item(), (hit / torch.log2(rank + 1)).mean().item()
+    users, hr, ndcg = sums = torch.stack([torch.ones_like(hit), hit, hit / torch.log2(rank + 1)]).sum(1)
+    add_up([sums])
+    return (hr / users).item(), (ndcg / users).item()
 
 
 def sha256_of(path):
@@ -359,6 +409,8 @@ def sha256_of(path):
 
 def write(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
+    if share().start:  # one process writes
+        return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
@@ -391,20 +443,18 @@ def run_of(args):
     return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_checkpoint(out, run, parts, rngs, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts` (modules and optimizers) and `rngs`,
-    those of torch's own random numbers, and `rest`, tensors and plain values.
+def save_checkpoint(out, run, parts, **rest):
+    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
+    tensors and plain values.
     """
-    states = [part.state_dict() for part in parts], [rng.bit_generator.state for rng in rngs]
-    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     buffer = io.BytesIO()
-    torch.save({"run": run, "states": states, "drawn": drawn, "rest": rest}, buffer)
+    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
     write(f"{out}.ckpt", buffer.getvalue())
 
 
-def load_checkpoint(args, parts, rngs):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` and `rngs` then have; without
-    --resume {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
+def load_checkpoint(args, parts):
+    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
+    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
     """
     path, run = Path(f"{args.out}.ckpt"), run_of(args)
     if path.exists() and not args.resume:
@@ -418,12 +468,8 @@ def load_checkpoint(args, parts, rngs):
             found = torch.load(file, weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
             sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"][0], strict=True):
+        for part, state in zip(parts, found["states"], strict=True):
             part.load_state_dict(state)
-        for rng, state in zip(rngs, found["states"][1], strict=True):
-            rng.bit_generator.state = state
-        torch.set_rng_state(found["drawn"][0])
-        torch.cuda.set_rng_state_all(found["drawn"][1])
         return run, found["rest"]
     except Exception:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} cannot be resumed: it is damaged")

@@ -45,7 +45,7 @@ SLICE = 4_000_000  # probabilities held at once, 32 MB: users × items never are
 # ---- Writing ----------------------------------------------------------------------------------------------
 
 
-def write(path, content):
+def write_file(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,10 @@ def save(out, table, **names):
         np.save(content, table)
     else:
         np.savetxt(content, table, "%d")
-    write(out, content.getvalue())
+    write_file(out, content.getvalue())
     for key, of_ids in names.items():
         text = "".join(f"{number}\t{name}\n" for number, name in enumerate(of_ids, 1))
-        write(f"{out}.{key}.tsv", text.encode("utf-8", "surrogateescape"))  # as `open_text` decodes
+        write_file(f"{out}.{key}.tsv", text.encode("utf-8", "surrogateescape"))  # as `open_text` decodes
     users, items = (len(np.unique(column)) for column in table.T)
     print(f"{out}: {users:,} users, {items:,} items, {len(table):,} interactions")
 

@@ -294,10 +294,9 @@ def replay(student, share, teacher, histories, distance, mapping, drawn):
     Returns HR@10, NDCG@10, the losses and the flow of each epoch, the best epoch and its weights.
     """
     torch.manual_seed(SEED)
-    rng, W, w_S, w_T = np.random.default_rng(SEED), [], np.full(2, 1 / 2), np.full(3, 1 / 3)
+    W, w_S, w_T = [], np.full(2, 1 / 2), np.full(3, 1 / 3)
     if teacher:
         W = [torch.nn.Linear(student.M.weight.shape[1], teacher.M.weight.shape[1]) for _ in range(2)]
-        torch.manual_seed(SEED)
     learned = [p for module in (student, *W) for p in module.parameters()]
     moments, log, best, k = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned], [], 0, 0
     train = {u: h[:-2] if len(h) >= 3 else h for u, h in histories.items()}
@@ -306,6 +305,8 @@ def replay(student, share, teacher, histories, distance, mapping, drawn):
     lengths, steps = np.array([len(h) for h in windows]), math.ceil(len(users) / BATCH)
     while len(log) <= min(EPOCHS, best + PATIENCE):
         student.on, student.share, sums = True, share, np.zeros(10 if teacher else 7)
+        rng = np.random.default_rng([SEED, len(log)])
+        torch.manual_seed(int(rng.integers(2**62)))
         for batch in distill.batches_of_like_length(lengths, BATCH, rng) if log else ():
             ids = torch.tensor([users[n] for n in batch])
             inputs = torch.nn.utils.rnn.pad_sequence([windows[n][:-1] for n in batch], batch_first=True)

@@ -170,7 +170,7 @@ def keep_embedded(model):
 def test_supernet_gives_exactly_no_gradient_to_the_future(supernet, relaxation):
     kept = keep_embedded(supernet)
     for t in range(12):
-        y = search.choose(torch.zeros(6, 9), 1.0, relaxation)
+        y = search.choose(torch.zeros(6, 9), 1.0, relaxation, np.random.default_rng(0))
         hidden, output, _ = supernet(None, torch.randint(1, 21, (3, 12)), y)
         (output[:, t].pow(2).sum() + hidden[:, :, t].pow(2).sum()).backward()
         gradient = kept.pop().grad
@@ -203,7 +203,7 @@ def test_gumbel_draws_each_operation_as_often_as_softmax_says(float64):
     torch.manual_seed(0)
     alpha = torch.randn(8)
     for tau in (1.0, 0.3):
-        y = search.choose(alpha.expand(20_000, 8), tau, "gumbel")
+        y = search.choose(alpha.expand(20_000, 8), tau, "gumbel", np.random.default_rng(0))
         assert (y.sort(1).values - F.one_hot(torch.tensor(7), 8)).abs().max() < 1e-6
         assert stats.chisquare(y.round().sum(0), 20_000 * alpha.softmax(0)).pvalue > 1e-3
 
@@ -212,12 +212,10 @@ def test_straight_through_gradient_is_that_of_the_softmax(float64):
     alpha, into = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
 
     def soft(alpha):
-        torch.manual_seed(1)
-        g = -torch.empty_like(alpha).exponential_().log()
+        g = torch.from_numpy(np.random.default_rng(0).gumbel(size=(3, 8)))
         return (into * ((alpha.log_softmax(1) + g) / 0.7).softmax(1)).sum().item()
 
-    torch.manual_seed(1)
-    (into * search.choose(alpha, 0.7, "gumbel")).sum().backward()
+    (into * search.choose(alpha, 0.7, "gumbel", np.random.default_rng(0))).sum().backward()
     steps = 1e-6 * torch.eye(24).view(24, 3, 8)
     slopes = [(soft(alpha + step) - soft(alpha - step)) / 2e-6 for step in steps]
     assert alpha.grad.flatten().tolist() == pytest.approx(slopes, abs=1e-7)
@@ -307,10 +305,11 @@ def test_whole_search_is_the_papers_equations(
     groups = [weights, {"params": [alpha], "lr": 0.06, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, 0.007, foreach=False)
     training = [h[:-2] if len(h) > 2 else h for h in histories.values()]
-    training, rng = [h[-7:] for h in training if len(h) > 1], np.random.default_rng(7)
+    training = [h[-7:] for h in training if len(h) > 1]
     mean_count = sum(len(h) - 1 for h in training) / math.ceil(len(training) / 9)
     for epoch, line in enumerate(log_of(out), 1):
-        totals, flows, positions = np.zeros(5), 0, 0
+        totals, flows, positions, rng = np.zeros(5), 0, 0, np.random.default_rng([7, epoch])
+        torch.manual_seed(int(rng.integers(2**62)))
         for batch in search.batches_of_like_length(np.array([len(h) for h in training]), 9, rng):
             rows = [torch.tensor(training[u]) for u in batch]
             inputs = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
@@ -318,7 +317,7 @@ def test_whole_search_is_the_papers_equations(
             y, count = alpha.softmax(1), len(target)
             l_cost = (y * costs).sum()
             if relaxation == "gumbel" and epoch > 2:
-                g = -torch.empty(3, 9).exponential_().log()
+                g = torch.from_numpy(rng.gumbel(size=(3, 9)))
                 soft = ((alpha.log_softmax(1) + g) / (0.8 if epoch == 6 else 1.0)).softmax(1)
                 y = F.one_hot(soft.argmax(1), 9) + (soft - soft.detach())
             hidden, output = forward(model, inputs, y, 0.3)

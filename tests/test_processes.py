@@ -108,8 +108,7 @@ def test_two_processes_end_as_one(folder, name, meeting):
                 torch.testing.assert_close(torch.tensor(value), torch.tensor(other[key]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["teacher", "search", "distillation", "bpr"])
-def test_processes_that_cannot_work_are_told(folder, name, meeting):
+def test_processes_that_cannot_work_are_told(folder, meeting, name="search"):
     lonely = start(folder, name, f"{name} bad", 0)
     two = [start(folder, name, f"{name} bad", rank, "--batch-size", "1", **meeting) for rank in (0, 1)]
     for process, what in ((lonely, "RANK is set"), (two[0], "2 processes are too many"), (two[1], "")):

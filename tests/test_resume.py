@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +142,30 @@ def test_what_cannot_be_resumed_is_told_and_nothing_touched(
         (folder / "data.txt").write_text(data)
     checkpoint.unlink()
     assert f"{checkpoint.name}: No such file" in fails("--resume")
+
+
+def begin(folder, tmp_path, script, name, *more):
+    """A process that runs a script, after its first epoch; its files come to tmp_path / name."""
+    out, options = COMMANDS[script]
+    argv = ["data.txt", *options.split(), "--epochs", "9", "--out", str(tmp_path / name / out), *more]
+    program = [sys.executable, str(Path(__file__).parent.parent / f"{script}.py"), *argv]
+    process = subprocess.Popen(program, cwd=folder, text=True, stdout=subprocess.PIPE)
+    next((line for line in process.stdout if line.startswith("epoch")), None)
+    return process
+
+
+@pytest.mark.parametrize("script", [script for script in COMMANDS if "," not in script])
+def test_killed_at_any_moment_and_resumed_is_the_run_that_was_not(script, folder, tmp_path):
+    whole, rng = begin(folder, tmp_path, script, "whole"), np.random.default_rng()
+    tick = time.time()
+    assert whole.wait() == 0
+    took, kills = time.time() - tick, int(os.environ.get("KILLS", 1))
+    for kill in range(kills):
+        process = begin(folder, tmp_path, script, str(kill))
+        time.sleep(rng.uniform(0, took))
+        process.kill()
+        if process.wait():  # else it was at its end before
+            resume = ["--resume"] * bool(list((tmp_path / str(kill)).glob("*.ckpt")))
+            assert begin(folder, tmp_path, script, str(kill), *resume).wait() == 0
+        assert files(tmp_path / str(kill), script) == files(tmp_path / "whole", script)
+        assert not list((tmp_path / str(kill)).glob("*.ckpt"))

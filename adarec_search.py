@@ -31,7 +31,9 @@ import re
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -614,7 +616,13 @@ def read_interactions(path):
         first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
+    except (
+        ValueError,
+        OverflowError,
+        EOFError,
+        SyntaxError,
+        TokenError,
+    ):  # numpy counts lines in its own way
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
@@ -727,8 +735,12 @@ def write(path, content):
         return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+        raise
 
 
 def export(model, max_length):
@@ -745,6 +757,8 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{damaged} in it is damaged")
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))

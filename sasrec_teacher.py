@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -261,7 +262,13 @@ def read_interactions(path):
         first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError):  # numpy counts lines in its own way: look again
+    except (
+        ValueError,
+        OverflowError,
+        EOFError,
+        SyntaxError,
+        TokenError,
+    ):  # numpy counts lines in its own way
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
@@ -413,8 +420,12 @@ def write(path, content):
         return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+        raise
 
 
 def export(model, max_length):

@@ -49,8 +49,12 @@ def write_file(path, content):
     """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+        raise
 
 
 def save(out, table, **names):

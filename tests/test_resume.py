@@ -1,5 +1,6 @@
 """--resume: a run that was stopped anywhere ends with the files of the run that was not."""
 
+import errno
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import sasrec_teacher
 
@@ -142,6 +144,35 @@ def test_what_cannot_be_resumed_is_told_and_nothing_touched(
         (folder / "data.txt").write_text(data)
     checkpoint.unlink()
     assert f"{checkpoint.name}: No such file" in fails("--resume")
+
+
+@pytest.mark.parametrize("script", [script for script in COMMANDS if "," not in script])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_full_disk_is_told_and_every_file_is_whole(script, at, call, tmp_path, monkeypatch):
+    if at == 1:
+        call(script, "run")
+    whole, calls = Path.write_bytes, []
+
+    def until_it_is_full(path, content):
+        calls.append(path)
+        whole(path, content[: len(content) // 2] if len(calls) == at else content)
+        if len(calls) == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = state(tmp_path / "run") if at == 1 else None
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(Path, "write_bytes", until_it_is_full)
+        call(script, "run", "--seed", "1")
+    assert str(end.value.code).endswith("No space left on device") and len(calls) == at
+    for path in (tmp_path / "run").iterdir():
+        if path.suffix == ".pt2":
+            torch.export.load(path)
+        elif path.suffix == ".ckpt":
+            torch.load(path, weights_only=True)
+        else:
+            assert path.suffix in (".json", ".jsonl")
+            [json.loads(line) for line in path.read_text().splitlines() if path.suffix == ".jsonl"]
+    assert before in (None, state(tmp_path / "run"))
 
 
 def begin(folder, tmp_path, script, name, *more):

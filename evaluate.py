@@ -172,25 +172,27 @@ def evaluate(args):
     if len(evaluated) == 0:
         sys.exit(f"{args.data}: no user has 3 interactions or more, so there is nothing to evaluate")
     end = train_end[evaluated] + (args.split == "test")
-    reports, ndcg = [], []
+    reports, ranks = [], []
     for path, (program, config) in [(path, load_model(path, *last_ids)) for path in args.models]:
         if config.get("data_sha256", sha256_of(args.data)) != sha256_of(args.data):
             print(f"note: {path} was trained on other data than {args.data}", file=sys.stderr)
         model, max_length = program.module().to(args.device), config["max_length"]
-        rank = rank_all(model, max_length, data, evaluated, end, args)
+        ranks.append(rank := rank_all(model, max_length, data, evaluated, end, args))
         report = {"model": str(path), "stage": config.get("stage"), "users": len(rank), "split": args.split}
         for k in args.at:
             for name, values in zip(("HR", "NDCG", "MRR"), metrics(rank, k), strict=True):
                 report[f"{name}@{k}"] = float(values.mean())
-        ndcg.append(metrics(rank, 10)[1])
-        report["NDCG@10_interval"] = bootstrap_interval(ndcg[-1], args.seed)
-        report["p_value"] = paired_p_value(ndcg[-1], ndcg[0])
+        ndcg, first = (metrics(ranks[n], 10)[1] for n in (-1, 0))
+        report["NDCG@10_interval"] = bootstrap_interval(ndcg, args.seed)
+        report["p_value"] = paired_p_value(ndcg, first)
         report["parameters"], report["parameters_without_embeddings"] = count_parameters(model, *last_ids)
         report["macs"], report["macs_item_scores"] = count_multiply_adds(model, max_length, args.device)
         report["ms_per_user"] = milliseconds(model, data, max_length, args.device, 1, 50)
         a_batch = milliseconds(model, data, max_length, args.device, BATCH, 3)
         reports.append(report | {"ms_per_1000_users": a_batch * 1000 / BATCH})
         reports[-1]["speed_up"] = reports[0]["ms_per_user"] / report["ms_per_user"]
+    if args.ranks:
+        np.save(args.ranks, np.stack(ranks, 1))
     return reports
 
 
@@ -347,6 +349,7 @@ def main(argv=None):
     add("--negatives", type=int, default=100, help="items drawn a user by --protocol uniform or popularity")
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
     add("--seed", type=int, default=0, help="of drawn negatives and of the bootstrap")
+    add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
     add("--json", action="store_true", help="print a list with an object a model instead of the table")
     add("--recommend", type=int, metavar="USER", help="print what each model recommends to this user")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -174,6 +175,15 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "top": "--sampling top",
     "alone-knowing": "--direction none",  # negatives are never validation or test items, as published
 }
+# two sizes of SASRec by binary cross-entropy, and how they go on
+PAIRS = {
+    "ml-1m": "--max-length 200 --negatives 8 --epochs 30 --final-rate 0.1 --learning-rate 2e-3",
+    "games": "--dropout 0.5 --negatives 8 --epochs 30 --final-rate 0.1 --learning-rate 2e-3",
+}
+GENTLE = "--lambda-teacher 0.05 --lambda-student 0.05"
+KINDS = "teacher", "student"
+SEQUENCES = {name: TOGETHER[name] for name in ("alone", "paper", "paper-half", "top")}
+SEQUENCES |= {"published": "--sign published", "top-gentle": f"--sampling top {GENTLE}"}
 DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published sums, and on our means
 
 
@@ -213,6 +223,16 @@ def bidirectional():
             for name in ("alone", "published"):
                 options = f"{TOGETHER[name]} --weight-decay 0 {DECAYS[best]}"
                 yield f"bpr-{name}-decayed-{seed}", [f"{script} {teacher} {student} {options}"]
+    for scene, options in PAIRS.items():
+        for seed in range(3):
+            data, runs, same = f"data/{scene}.txt", f"runs/bidirectional/{scene}", f"--seed {seed}"
+            for kind, dim in (("teacher", 64), ("student", 16)):
+                how = f"--loss bce --dim {dim} {options} {same}"
+                yield f"{scene}-{kind}-{seed}", [f"sasrec_teacher.py {data} {how}"]
+            pair = f"--teacher {runs}-teacher-{seed}.pt2 --student {runs}-student-{seed}.pt2 {same}"
+            for name, how in SEQUENCES.items():
+                how += " --epochs 10 --samples 8"
+                yield f"{scene}-{name}-{seed}", [f"bidirectional_distill.py {data} {pair} {how}"]
 
 
 CLAIMS = {"adarec": adarec, "planted": planted, "bidirectional": bidirectional}
@@ -264,21 +284,32 @@ def adarec_table():
 
 
 def bidirectional_table():
-    """Print HR@50 and NDCG@50 of both models, as we count them and as the notebooks do, means over seeds."""
-    for base in ("bpr", "cdae"):
+    """Print means over seeds of HR and NDCG of teacher and student, their validation NDCG@10, and the p-value
+    that going on alone is as good, by users' NDCG, the mean of seeds; of the notebooks, also as they count.
+    """
+    for base, k in (("bpr", 50), ("cdae", 50), ("ml-1m", 10), ("games", 10)):
         found = {}
         for name, _ in bidirectional():
-            run, how = figures("bidirectional", name), name.removeprefix(f"{base}-").rsplit("-", 1)[0]
-            if run and name.startswith(base):
-                found.setdefault(how, []).append(run)
+            run, (how, seed) = figures("bidirectional", name), name.removeprefix(f"{base}-").rsplit("-", 1)
+            if name.startswith(base) and "student" in run:
+                found.setdefault(how, {})[seed] = run
+        print(
+            f"\n{base}: HR@{k} / NDCG@{k}, of teacher and of student" if found else "", end="\n" * bool(found)
+        )
         for how, runs in found.items():
-            columns = [f"{base:4} {how:24}"]
+            columns = []
             for kind in ("teacher", "student"):
-                for counted in ("", "published "):
-                    keys = (f"{counted}HR@50", f"{counted}NDCG@50")
-                    means = [f"{np.mean([run[kind][key] for run in runs]):.4f}" for key in keys]
+                for counted in ("", "published ")[: 1 + (k == 50)]:
+                    keys = (f"{counted}HR@{k}", f"{counted}NDCG@{k}")
+                    means = [f"{np.mean([run[kind][key] for run in runs.values()]):.4f}" for key in keys]
                     columns.append(" / ".join(means))
-            print("  ".join(columns), f"({len(runs)})")
+                alone = {seed: run for seed, run in found.get("alone", {}).items() if seed in runs}
+                if alone and how != "alone" and all("ranks" in runs[seed][kind] for seed in alone):
+                    pairs = [(runs[seed][kind]["ranks"], run[kind]["ranks"]) for seed, run in alone.items()]
+                    gap = np.mean([gains(one, k) - gains(other, k) for one, other in pairs], 0)
+                    columns.append(f"p {stats.ttest_1samp(gap, 0).pvalue:.0e}")
+            valid = [f"{np.mean([run[kind]['valid'] for run in runs.values()]):.4f}" for kind in KINDS]
+            print(f"  {how:20}", "  ".join(columns), " valid", " / ".join(valid), f"({len(runs)})")
 
 
 def planted_table():
@@ -351,9 +382,21 @@ def make(claim, name, commands, data):
 
 
 def evaluated(data, model, at):
-    """What evaluate.py finds of a model on the test items."""
+    """What evaluate.py finds of a model on the test items; and of each user the rank, a character: that of
+    code 48 + rank, or "0" for a rank above 50.
+    """
     command = [sys.executable, "evaluate.py", data, model, "--at", *map(str, at), "--json"]
-    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        command += ["--ranks", file.name]
+        found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]
+        ranks = np.ceil(np.load(file.name)[:, 0]).astype(int)
+    return found | {"ranks": "".join(chr(48 + rank * (rank <= 50)) for rank in ranks.tolist())}
+
+
+def gains(ranks, k):
+    """NDCG@k of each user, k at most 50, of the characters that `evaluated` makes of ranks."""
+    rank = np.array([ord(rank) - 48 for rank in ranks])
+    return ((rank > 0) & (rank <= k)) / np.log2(rank + 1.0 + (rank == 0))
 
 
 def as_published(hits, cuts):
@@ -379,6 +422,7 @@ def both_models(stem, data):
         found[kind] = {f"{name}@{k}": report[f"{name}@{k}"] for name in ("HR", "NDCG") for k in (10, *cuts)}
         validated = [line[f"{kind}_NDCG@10"] for line in log if f"{kind}_NDCG@10" in line]
         found[kind]["valid"], found[kind]["valid last"] = max(validated), validated[-1]
+        found[kind]["ranks"] = report["ranks"]
         found[kind] |= as_published([report[f"HR@{k}"] for k in range(1, max(cuts) + 1)], cuts)
     return found
 

@@ -173,7 +173,7 @@ def test_bootstrap_interval_is_of_95_percent():
     np.testing.assert_allclose((found - values.mean()) / values.std() * 20, [-1.96, 1.96], atol=0.04)
 
 
-def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys, monkeypatch):
+def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys, monkeypatch, tmp_path):
     rng, n, paths = np.random.default_rng(0), {16: 10, 8: 5}, []
     data = write_data({u: rng.permutation(50)[: 3 + u % 20] + 1 for u in range(1, 41)} | {41: [50, 1, 2]})
     for d in n:
@@ -181,7 +181,9 @@ def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys
     # a batch takes as many milliseconds as the model reads items, one of 256 users 32 times as many
     spent = lambda model, data, n, device, batch, repeats: n * {1: 1, 256: 32}[batch]  # noqa: E731
     monkeypatch.setattr(evaluate, "milliseconds", spent)
-    results = report(capsys, data, *paths, "--split", "valid")
+    results = report(capsys, data, *paths, "--split", "valid", "--ranks", tmp_path / "ranks.npy")
+    ranks = np.load(tmp_path / "ranks.npy")
+    assert ranks.shape == (41, 2) and [r["MRR@20"] for r in results] == list(((ranks <= 20) / ranks).mean(0))
     for result, (d, length) in zip(results, n.items(), strict=True):
         block = 4 * d * d + 4 * d + 2 * d * d + 2 * d + 4 * d  # attention, feed-forward, two norms
         small = 2 * block + 2 * d + length * d  # final norm, positions

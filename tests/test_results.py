@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,3 +51,17 @@ def test_figures_as_the_notebooks_count_them():
     for k in (10, 20):
         assert found[f"published HR@{k}"] == pytest.approx(np.mean(rank < k))
         assert found[f"published NDCG@{k}"] == pytest.approx(np.mean((rank < k) / np.log2(rank + 2)))
+
+
+def test_ranks_are_kept_as_characters(monkeypatch, tmp_path):
+    rank = np.array([1, 1.5, 2, 10, 50, 50.5, 51, 3000])
+    saved = [
+        lambda command, **_: np.save(command[-1], np.stack([rank, rank * 0], 1)),
+        lambda *_, **__: SimpleNamespace(stdout='[{"NDCG@10": 1}]'),
+    ]
+    monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: [call(*a, **k) for call in saved][-1])
+    found = run.evaluated("data.txt", "model.pt2", [10])
+    assert found["NDCG@10"] == 1 and len(found["ranks"]) == len(rank)
+    for k in (10, 50):
+        expected = np.where(np.ceil(rank) <= k, 1 / np.log2(np.ceil(rank) + 1), 0)
+        np.testing.assert_allclose(run.gains(found["ranks"], k), expected)

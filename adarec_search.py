@@ -197,7 +197,8 @@ class MixedEdges(nn.Module):
         linear = F.conv1d(F.pad(x, (REACH, 0)), kernel[..., ::2], bias, dilation=2)
         linear += F.conv1d(F.pad(x, (3, -1)), kernel[..., -4::2], dilation=2)
         y = y[:, self.APART].expand(len(x), -1, -1)  # [B, targets, 2]
-        with torch.set_grad_enabled(bool(y.any())):  # what no edge has chosen passes nothing to x
+        # what no edge has chosen passes nothing to x; a GPU would wait for the answer
+        with torch.set_grad_enabled(not y.is_cpu or bool(y.any())):
             apart = torch.stack([F.max_pool1d(F.pad(x, (POOL - 1, 0)), POOL, stride=1), running_mean(x)], 1)
         # linear + y apart, as a product of matrices, so that its gradient is one, too
         total = torch.baddbmm(linear.view(*y.shape[:2], -1), y, apart.flatten(2))
@@ -434,11 +435,11 @@ def search(args):
     teacher, W, w = None, None, None
     if args.teacher and args.gamma > 0:
         program, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
-        teacher = program.module().requires_grad_(False)
+        teacher = program
         max_length = args.max_length or config["max_length"]
     users, begin, end, judged = training_part(args.data, starts, max_length, rng)
     join(args, len(users), len(judged))
-    teacher = teacher and teacher.to(args.device)
+    teacher = teacher and module_of(teacher, args.device).requires_grad_(False)
     Q = proposal(items, begin, end) if args.negatives else None
     answers = {} if args.remember else None
 
@@ -476,7 +477,7 @@ def search(args):
             made = at_real(model(ids, inputs, y), real)
             drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
             target, *negatives = (x.to(args.device) for x in (targets[real], *drawn))
-            taught = ask(teacher, ids, inputs, mine, answers) if teacher else None
+            taught = ask(teacher, ids, inputs, real, mine, answers) if teacher else None
             loss, parts, flow, w = L(made, taught, target, negatives, W, w, p, costs, args)
             optimizer.zero_grad()
             # a mean over positions: weighed by how many, or short histories would count as much as long ones
@@ -582,12 +583,11 @@ def draw_shared(Q, k, rng):
     return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
 
 
-def ask(teacher, ids, inputs, batch, answers):
-    """What the teacher says at the real positions of the users `batch`: hidden states, output, item vectors.
+def ask(teacher, ids, inputs, real, batch, answers):
+    """What the teacher says at the `real` positions of users `batch`: hidden states, output, item vectors.
 
     If `answers` is a dictionary, it keeps them, user by user, and a batch of known users is not asked again.
     """
-    real = inputs > 0
     if answers is None:
         return at_real(teacher(ids, inputs), real)
     if not answers.keys() >= set(batch):
@@ -772,6 +772,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
     return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+
+
+def module_of(program, device):
+    """The module of a loaded program, on `device`, where it then makes its constants, too."""
+    module = program.module().to(device)
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device(device)}
+    module.recompile()
+    return module
 
 
 def save_model(args, out, program, module, validation, **config):

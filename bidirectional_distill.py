@@ -107,7 +107,7 @@ def draw(p, size, rng):
 
 
 # ---- L_BD (section 3.1), L_CF and L ----------------------------------------------------------------------
-# sums over the observed items of a batch; negatives [B, T, k] stand beside `items` [B, T]
+# sums over the observed items of a batch; negatives [B, T, k] stand beside `items` [B, T]; ids are on the CPU
 
 
 def bd_loss(z_A, z_B, tau):
@@ -117,12 +117,13 @@ def bd_loss(z_A, z_B, tau):
 
 def logits(states, item_vectors, items):
     """z = states . item_vectors: states [..., e], items [..., n] -> [..., n]."""
-    return torch.einsum("...e,...ne->...n", states, F.embedding(items, item_vectors))
+    vectors = F.embedding(items.to(item_vectors.device), item_vectors)
+    return torch.einsum("...e,...ne->...n", states, vectors)
 
 
 def last_state(output, items):
     """The output [B, e] after the last item of each history: what validation ranks by, and L_BD teaches."""
-    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+    return output[torch.arange(len(items)), (items > 0).sum(1) - 1]
 
 
 def both_logits(states, item_vectors, items, negatives):
@@ -159,7 +160,7 @@ def next_of_all(output, item_vectors, items, negatives):
     """L_CF of a sequence model that was trained with a softmax over all items: -sum log p_i."""
     real = items[:, 1:] > 0
     z = output[:, :-1][real] @ item_vectors[1:].T
-    return F.cross_entropy(z, items[:, 1:][real] - 1, reduction="sum")
+    return F.cross_entropy(z, items[:, 1:][real].to(z.device) - 1, reduction="sum")
 
 
 L_CF = {"bpr": pairwise, "cdae": of_user, "sequence": next_item, "softmax": next_of_all}
@@ -235,9 +236,9 @@ class Learner:
     def __init__(self, program, args, side):
         # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
         self.program = program
-        self.model = with_dropout(program.module(), True).to(args.device)
+        self.model = with_dropout(module_of(program, args.device), True)
         with_dropout(program.graph_module, False)  # should it have been exported in training
-        self.judge, self.best = program.module().to(args.device), None
+        self.judge, self.best = module_of(program, args.device), None
         self.restart(args.learning_rate, args.warm_up_weight_decay[side])
 
     def restart(self, rate, decay):
@@ -278,10 +279,10 @@ def renew(teacher, student, data, users, begin, end, args, epochs, rng):
         history = pad_batch(items, starts[users[batch]], end[batch]).numpy()
         observed = np.zeros((len(history), item_count + 1), bool)
         np.put_along_axis(observed, history, True, 1)
-        ids = torch.from_numpy(user_ids[users[batch]]).to(args.device)
-        window, both = pad_batch(items, begin[batch], end[batch]).to(args.device), []
+        ids, window = torch.from_numpy(user_ids[users[batch]]), pad_batch(items, begin[batch], end[batch])
+        both = []
         for learner in (teacher, student):
-            _, output, item_vectors = learner.judge(ids, window)
+            _, output, item_vectors = learner.judge(ids.to(args.device), window.to(args.device))
             scores = (last_state(output, window) @ item_vectors[1:].T).float().cpu().numpy()
             both.append(ranks(scores, observed[:, 1:]))
         for row, p in enumerate(zip(*probabilities(*both, args), strict=True)):
@@ -299,7 +300,7 @@ def losses(both, ids, history, negatives, taught, args):
     """
     found, states = [], []
     for learner, others in zip(both, negatives, strict=True):
-        _, output, item_vectors = learner.model(ids, history)
+        _, output, item_vectors = learner.model(ids.to(args.device), history.to(args.device))
         found += [L_CF[args.base](output, item_vectors, history, others), output.new_zeros(())]
         state = last_state(output, history), item_vectors
         states.append((state, zero_of(args.base, *state)))
@@ -364,9 +365,8 @@ def train(args):
                 if args.negatives == "drawn":
                     beside = taught.view_as(negatives)
                     negatives = torch.where(beside > 0, beside, negatives)
-                taught = taught[:, share()].to(args.device)
-            ids, history = ids[share()].to(args.device), history[share()].to(args.device)
-            parts = losses(both, ids, history, negatives[:, share()].to(args.device), taught, args)
+                taught = taught[:, share()]
+            parts = losses(both, ids[share()], history[share()], negatives[:, share()], taught, args)
             for side, learner in enumerate(both):
                 loss = L(parts[2 * side], weights[side], parts[2 * side + 1])
                 # a sum, by the mean number of observed items: each counts alike, whatever its batch
@@ -374,10 +374,10 @@ def train(args):
             total += torch.stack(parts).detach()
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
-        add_up([total])
-        if not total.isfinite().all():
-            sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
         if epoch:
+            add_up([total])
+            if not total.isfinite().all():
+                sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
             names = "L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"
             line |= zip(names, (total / observed).tolist(), strict=True)
         line["seconds"] = time.time() - tick
@@ -640,6 +640,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
     return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+
+
+def module_of(program, device):
+    """The module of a loaded program, on `device`, where it then makes its constants, too."""
+    module = program.module().to(device)
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device(device)}
+    module.recompile()
+    return module
 
 
 def save_model(args, out, program, module, validation, **config):

@@ -257,12 +257,11 @@ def draw_shared(Q, k, rng):
     return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
 
 
-def ask(teacher, ids, inputs, batch, answers):
-    """What the teacher says at the real positions of the users `batch`: hidden states, output, item vectors.
+def ask(teacher, ids, inputs, real, batch, answers):
+    """What the teacher says at the `real` positions of users `batch`: hidden states, output, item vectors.
 
     If `answers` is a dictionary, it keeps them, user by user, and a batch of known users is not asked again.
     """
-    real = inputs > 0
     if answers is None:
         return at_real(teacher(ids, inputs), real)
     if not answers.keys() >= set(batch):
@@ -286,15 +285,15 @@ def train(args):
     Q = proposal(items, begin, end) if args.negatives else None
     answers = {} if args.remember else None
     # both share the parameters of `program`: `judge` judges what `student` learns, and `program` is saved
-    student = with_dropout(program.module(), True, args.dropout).to(args.device)
+    student = with_dropout(module_of(program, args.device), True, args.dropout)
     with_dropout(program.graph_module, False)  # should it have been exported in training
-    judge = program.module().to(args.device)
+    judge = module_of(program, args.device)
 
     torch.manual_seed(args.seed)
     learned, teacher, W, w = list(student.parameters()), None, None, None
     if args.teacher and args.gamma > 0:
         taught_by, config_T = load_model(args.teacher, *last_ids, args.data, max_length, layers=1)
-        teacher = with_dropout(taught_by.module(), False).requires_grad_(False).to(args.device)
+        teacher = with_dropout(module_of(taught_by, args.device), False).requires_grad_(False)
         W = [nn.Linear(config["dim"], config_T["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
         w = [np.full(layers, 1 / layers) for layers in (config["layers"], config_T["layers"])]
         learned += [*W[0].parameters(), *W[1].parameters()]
@@ -319,7 +318,7 @@ def train(args):
             inputs, real = inputs.to(args.device), inputs > 0
             drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
             target, *negatives = (x.to(args.device) for x in (targets[real], *drawn))
-            taught = ask(teacher, ids, inputs, mine, answers) if teacher else None
+            taught = ask(teacher, ids, inputs, real, mine, answers) if teacher else None
             made = at_real(student(ids, inputs), real)
             if teacher and epoch == step == 1:
                 fit(W, made[0].detach(), taught[0])
@@ -564,6 +563,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
     return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+
+
+def module_of(program, device):
+    """The module of a loaded program, on `device`, where it then makes its constants, too."""
+    module = program.module().to(device)
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device(device)}
+    module.recompile()
+    return module
 
 
 def save_model(args, out, program, module, validation, **config):

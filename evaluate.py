@@ -176,7 +176,7 @@ def evaluate(args):
     for path, (program, config) in [(path, load_model(path, *last_ids)) for path in args.models]:
         if config.get("data_sha256", sha256_of(args.data)) != sha256_of(args.data):
             print(f"note: {path} was trained on other data than {args.data}", file=sys.stderr)
-        model, max_length = program.module().to(args.device), config["max_length"]
+        model, max_length = module_of(program, args.device), config["max_length"]
         ranks.append(rank := rank_all(model, max_length, data, evaluated, end, args))
         report = {"model": str(path), "stage": config.get("stage"), "users": len(rank), "split": args.split}
         for k in args.at:
@@ -318,6 +318,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     except Exception as error:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
     return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+
+
+def module_of(program, device):
+    """The module of a loaded program, on `device`, where it then makes its constants, too."""
+    module = program.module().to(device)
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device(device)}
+    module.recompile()
+    return module
 
 
 # ---- The command line ------------------------------------------------------------------------------------

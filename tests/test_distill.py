@@ -241,7 +241,7 @@ def test_a_remembered_teacher_is_asked_once():
     ids, items = torch.tensor([3, 1, 5]), torch.tensor([[4, 2, 0], [7, 0, 0], [1, 2, 3]])
     ask = lambda users, items: asked.append(len(users)) or teacher(users, items)  # noqa: E731
     for k in ([0, 1], [2], [2, 0, 1], [1, 2]):
-        batch = ids[k], items[k], ids[k].numpy()
+        batch = ids[k], items[k], items[k] > 0, ids[k].numpy()
         remembered, fresh = distill.ask(ask, *batch, answers), distill.ask(teacher, *batch, None)
         torch.testing.assert_close(remembered, fresh)
     assert asked == [2, 1] and remembered[1].shape == (4, 4)

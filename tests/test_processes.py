@@ -1,5 +1,6 @@
 """torchrun: two processes that share out each batch end with the model of the one that takes it whole."""
 
+import importlib
 import json
 import os
 import socket
@@ -53,19 +54,21 @@ def folder(tmp_path_factory):
     return path
 
 
-def start(folder, name, out, rank=None, *more, **environment):
-    """A process that runs the command `name` in folder/out, alone or as the `rank`-th of two."""
+def argv_of(name, out):
+    """The command line of the command `name`, whose files come to the folder `out`."""
     script, options = COMMANDS[name]
     file = {"adarec_search": "out.json", "bidirectional_distill": "out"}.get(script, "out.pt2")
-    argv = ["data.txt", *options.split(), *MORE[script].split(), "--out", f"{out}/{file}"]
-    argv += ["--batch-size", "7", *more]
+    options = f"{options} {MORE[script]} --batch-size 7"
+    return ["data.txt", *options.split(), "--out", f"{out}/{file}"]
+
+
+def start(folder, name, out, rank, *more, **environment):
+    """The `rank`-th process of two that run the command `name`."""
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if rank is not None:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    program = [sys.executable, "-c", PROGRAM.format(script), *argv]
-    return subprocess.Popen(
-        program, cwd=folder, env=os.environ | environment, text=True, stdout=-1, stderr=-1
-    )
+    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    program = [sys.executable, "-c", PROGRAM.format(COMMANDS[name][0]), *argv_of(name, out), *more]
+    environment = os.environ | environment
+    return subprocess.Popen(program, cwd=folder, env=environment, text=True, stdout=-1, stderr=-1)
 
 
 @pytest.fixture
@@ -88,11 +91,18 @@ def results(folder):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_two_processes_end_as_one(folder, name, meeting):
-    alone = start(folder, name, f"{name} one")
+def test_two_processes_end_as_one(folder, name, meeting, monkeypatch, capsys):
     two = [start(folder, name, f"{name} two", rank, **meeting) for rank in (0, 1)]
-    (said, _), (said_0, _), (said_1, _) = (process.communicate(timeout=200) for process in (alone, *two))
-    assert [process.returncode for process in (alone, *two)] == [0, 0, 0]
+    monkeypatch.chdir(folder)
+    if name == "search":
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    try:
+        importlib.import_module(COMMANDS[name][0]).main(argv_of(name, f"{name} one"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (said, _), (said_0, _), (said_1, _) = capsys.readouterr(), *(p.communicate(timeout=200) for p in two)
+    assert [process.returncode for process in two] == [0, 0]
     assert said_1 == "" and said_0.count("\n") == said.count("\n") > 3  # one process prints
     (weights, log), (other_weights, other_log) = (results(folder / f"{name} {n}") for n in ("one", "two"))
     assert weights and weights.keys() == other_weights.keys() and len(log) == len(other_log) > 2

@@ -175,28 +175,23 @@ def test_a_full_disk_is_told_and_every_file_is_whole(script, at, call, tmp_path,
     assert before in (None, state(tmp_path / "run"))
 
 
-def begin(folder, tmp_path, script, name, *more):
-    """A process that runs a script, after its first epoch; its files come to tmp_path / name."""
-    out, options = COMMANDS[script]
-    argv = ["data.txt", *options.split(), "--epochs", "9", "--out", str(tmp_path / name / out), *more]
-    program = [sys.executable, str(Path(__file__).parent.parent / f"{script}.py"), *argv]
-    process = subprocess.Popen(program, cwd=folder, text=True, stdout=subprocess.PIPE)
-    next((line for line in process.stdout if line.startswith("epoch")), None)
-    return process
-
-
 @pytest.mark.parametrize("script", [script for script in COMMANDS if "," not in script])
-def test_killed_at_any_moment_and_resumed_is_the_run_that_was_not(script, folder, tmp_path):
-    whole, rng = begin(folder, tmp_path, script, "whole"), np.random.default_rng()
-    tick = time.time()
-    assert whole.wait() == 0
-    took, kills = time.time() - tick, int(os.environ.get("KILLS", 1))
-    for kill in range(kills):
-        process = begin(folder, tmp_path, script, str(kill))
+def test_killed_at_any_moment_and_resumed_is_the_run_that_was_not(script, folder, tmp_path, monkeypatch):
+    def argv(name, *more):
+        out, options = COMMANDS[script]
+        return ["data.txt", *options.split(), "--epochs", "9", "--out", str(tmp_path / name / out), *more]
+
+    monkeypatch.chdir(folder)
+    module, rng, tick = importlib.import_module(script), np.random.default_rng(), time.time()
+    module.main(argv("whole"))
+    took = time.time() - tick
+    for kill in map(str, range(int(os.environ.get("KILLS", 1)))):
+        program = [sys.executable, module.__file__, *argv(kill)]
+        process = subprocess.Popen(program, text=True, stdout=subprocess.PIPE)
+        next(line for line in process.stdout if line.startswith("epoch"))
         time.sleep(rng.uniform(0, took))
         process.kill()
-        if process.wait():  # else it was at its end before
-            resume = ["--resume"] * bool(list((tmp_path / str(kill)).glob("*.ckpt")))
-            assert begin(folder, tmp_path, script, str(kill), *resume).wait() == 0
-        assert files(tmp_path / str(kill), script) == files(tmp_path / "whole", script)
-        assert not list((tmp_path / str(kill)).glob("*.ckpt"))
+        if process.wait() == -9:  # else it was at its end before
+            module.main(argv(kill, *["--resume"] * bool(list((tmp_path / kill).glob("*.ckpt")))))
+        assert files(tmp_path / kill, script) == files(tmp_path / "whole", script)
+        assert not list((tmp_path / kill).glob("*.ckpt"))

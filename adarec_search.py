@@ -616,13 +616,7 @@ def read_interactions(path):
         first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (
-        ValueError,
-        OverflowError,
-        EOFError,
-        SyntaxError,
-        TokenError,
-    ):  # numpy counts lines in its own way
+    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
         lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
         pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
         bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")

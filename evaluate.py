@@ -171,6 +171,9 @@ def evaluate(args):
     evaluated = np.flatnonzero(evaluated)
     if len(evaluated) == 0:
         sys.exit(f"{args.data}: no user has 3 interactions or more, so there is nothing to evaluate")
+    if args.users and args.users < len(evaluated):
+        drawn = np.random.default_rng(args.seed).choice(len(evaluated), args.users, replace=False)
+        evaluated = evaluated[np.sort(drawn)]
     end = train_end[evaluated] + (args.split == "test")
     reports, ranks = [], []
     for path, (program, config) in [(path, load_model(path, *last_ids)) for path in args.models]:
@@ -353,6 +356,7 @@ def main(argv=None):
     add("--negatives", type=int, default=100, help="items drawn a user by --protocol uniform or popularity")
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
     add("--seed", type=int, default=0, help="of drawn negatives and of the bootstrap")
+    add("--users", type=int, help="judge so many, drawn ones, where there are more")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
     add("--json", action="store_true", help="print a list with an object a model instead of the table")
     add("--recommend", type=int, metavar="USER", help="print what each model recommends to this user")

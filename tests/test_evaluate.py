@@ -185,6 +185,9 @@ def test_size_and_speed_in_json_and_in_the_table(write_data, write_model, capsys
     ranks = np.load(tmp_path / "ranks.npy")
     assert ranks.shape == (41, 2)
     assert [r["MRR@20"] for r in results] == pytest.approx(((ranks <= 20) / ranks).mean(0))
+    report(capsys, data, *paths, "--split", "valid", "--users", 9, "--ranks", tmp_path / "some.npy")
+    some, rows = np.load(tmp_path / "some.npy"), iter(ranks.tolist())
+    assert some.shape == (9, 2) and all(row in rows for row in some.tolist())  # of 9 users, in their order
     for result, (d, length) in zip(results, n.items(), strict=True):
         block = 4 * d * d + 4 * d + 2 * d * d + 2 * d + 4 * d  # attention, feed-forward, two norms
         small = 2 * block + 2 * d + length * d  # final norm, positions

@@ -15,6 +15,7 @@ import torch
 
 import sasrec_teacher
 
+ROOT = str(Path(__file__).resolve().parent.parent)
 HISTORIES = {u: [(7 * u + t * t) % 25 + 1 for t in range(4 + u % 8)] for u in range(1, 41)}
 
 
@@ -186,8 +187,10 @@ def test_killed_at_any_moment_and_resumed_is_the_run_that_was_not(script, folder
     module.main(argv("whole"))
     took = time.time() - tick
     for kill in map(str, range(int(os.environ.get("KILLS", 1)))):
-        program = [sys.executable, module.__file__, *argv(kill)]
-        process = subprocess.Popen(program, text=True, stdout=subprocess.PIPE)
+        program = f"import sys; sys.path.insert(0, {ROOT!r}); import {script}; {script}.main(sys.argv[1:])"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *argv(kill)], text=True, stdout=subprocess.PIPE
+        )
         next(line for line in process.stdout if line.startswith("epoch"))
         time.sleep(rng.uniform(0, took))
         process.kill()

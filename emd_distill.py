@@ -386,7 +386,7 @@ def read_interactions(path):
         sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
     if len(np.unique(users[first])) < len(first):
         sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int)
+    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
 
 
 def leave_one_out(starts):

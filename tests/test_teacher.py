@@ -63,6 +63,8 @@ def test_read_interactions(tmp_path):
         assert user_ids.tolist() == [7, 2, 9] and starts.tolist() == [0, 2, 3, 6]
         assert items.tolist() == [3, 1, 99999999, 4, 4, 4]
         assert items.dtype == starts.dtype == user_ids.dtype == np.int64
+    np.save(array, np.load(array).astype(np.int64))  # numpy's own kind of numbers stay in the file
+    assert isinstance(teacher.read_interactions(array)[2], np.memmap)
 
 
 def test_bad_data_are_told_with_file_and_line(write_data, tmp_path):

@@ -1,0 +1,61 @@
+"""Large logs and catalogues: time and peak memory of a hundred steps and of 1,000 users' evaluation.
+
+Half an hour: SCALE=1 OMP_NUM_THREADS=1 python -m pytest tests/test_scale.py -s
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH = 20  # interactions a user
+SIZES = [(millions * 10**6, 100_000) for millions in (1, 2, 5, 10, 20)]
+SIZES += [(5 * 10**6, 10_000), (5 * 10**6, 10**6), (20 * 10**6, 10**6)]
+STEP, TAUGHT = "--epochs 1 --negatives 256", "--teacher T.pt2"
+BUILD = "--dim 32 --max-length 20"
+SCRIPTS = {
+    "sasrec_teacher": f"DATA --loss sampled {BUILD} {STEP} --out T.pt2",
+    "evaluate": "DATA T.pt2 --users 1000 --at 10",
+    "adarec_search": f"DATA --cells 1 --nodes 2 --alpha-warm-up 0 {TAUGHT} {BUILD} {STEP} --out S.json",
+    "emd_distill": f"DATA --student S.pt2 {TAUGHT} {STEP} --out E.pt2",
+    "bidirectional_distill": f"DATA {TAUGHT} --student S.pt2 --direction none --epochs 1 --out B",
+}
+
+
+def measured(*argv, cwd):
+    """Seconds and peak MiB of a process that has to end well."""
+    tick = time.time()
+    process = subprocess.Popen([sys.executable, *argv], cwd=cwd, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return time.time() - tick, usage.ru_maxrss / 1024
+
+
+@pytest.mark.skipif("SCALE" not in os.environ, reason="takes half an hour, SCALE=1 runs it")
+@pytest.mark.parametrize("interactions, items", SIZES)
+def test_scale(tmp_path, interactions, items):
+    users, rng, path = interactions // LENGTH, np.random.default_rng(0), tmp_path / "data.npy"
+    log = np.empty((interactions, 2), np.int64)
+    log[:, 0] = np.repeat(np.arange(1, users + 1), LENGTH)
+    log[:, 1] = 1 + items * rng.random(interactions) ** 3  # the first are frequent
+    log[-1, 1] = items
+    np.save(path, log)
+    del log
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate as e; e.read_interactions('{path}')"
+    )
+    rows = {"read_interactions": measured("-c", program, cwd=tmp_path)}
+    largest = (interactions, items) == (20 * 10**6, 10**6)
+    for script in SCRIPTS if largest else ["sasrec_teacher", "evaluate"]:
+        argv = SCRIPTS[script].replace("DATA", path.name).split()
+        argv += ["--batch-size", str(users // 100)] * (script != "evaluate")  # a hundred steps an epoch
+        rows[script] = measured(ROOT / f"{script}.py", *argv, cwd=tmp_path)
+    for name, (seconds, peak) in rows.items():
+        print(f"{interactions:,} interactions, {items:,} items, {name}: {seconds:.0f} s, {peak:,.0f} MiB")
+        assert peak < 8 * 1024
+    assert rows["read_interactions"][0] < 30

@@ -1,5 +1,6 @@
 # make demo    from nothing through all four stages to tables of their models, in runs/
 # make test    the checks
+# make results the tables and pictures of README.md and results/, from the JSON files of results/runs
 # make lint    ruff, as CI runs it
 # Each makes .venv from requirements.txt first, if it is not there; PYTHON=python3.12 make ... chooses another Python.
 
@@ -9,7 +10,7 @@ DATA := data/ml-100k.txt
 SHAPE := --cells 1 --nodes 2 --dim 32
 SAME := --epochs 30 --patience 30 --final-rate 0
 
-.PHONY: demo test lint
+.PHONY: demo test lint results
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DATA)
@@ -28,6 +29,10 @@ demo: .venv/ready $(DATA)
 
 test: .venv/ready
 	$(VENV) -m pytest
+
+results: .venv/ready
+	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements-figures.txt
+	$(VENV) results/draw.py
 
 lint: .venv/bin/ruff
 	.venv/bin/ruff check .

@@ -1,8 +1,7 @@
-"""Make the runs that results/README.md rests on; each leaves results/runs/CLAIM/NAME.json.
+"""Make the runs that results/README.md rests on; each leaves results/runs/CLAIM/NAME.json, for draw.py.
 
     python results/run.py adarec                     # what is missing, one run after the other
     python results/run.py adarec --only 'games-*'    # of these names; with --list: show them
-    python results/run.py adarec --table             # what was found
 
 Data lie in data/ (data/README.md tells how to make them), models in runs/CLAIM/. A run that was interrupted
 leaves no JSON and is made again; one whose JSON is there, only with --again, as teachers need to be where
@@ -12,7 +11,6 @@ runs/ was lost: --only '*-teacher*' --again.
 import argparse
 import fnmatch
 import json
-import math
 import os
 import platform
 import shlex
@@ -20,11 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "results" / "runs"
@@ -237,92 +233,6 @@ def bidirectional():
 
 CLAIMS = {"adarec": adarec, "planted": planted, "bidirectional": bidirectional}
 
-# ---- Tables of what was run ------------------------------------------------------------------------------
-
-
-def ndcg(names):
-    """Test NDCG@10 of those of AdaRec's runs `names` that were made."""
-    return np.array([run["NDCG@10"] for run in (figures("adarec", name) for name in names) if run])
-
-
-def spread(values):
-    """Mean, and of several values their standard deviation and number."""
-    more = f" ({values.std(ddof=1):.4f}, {len(values)})" if len(values) > 1 else ""
-    return f"{values.mean():.4f}{more}"
-
-
-def adarec_table():
-    """Print AdaRec's tables: mean test NDCG@10, its standard deviation over runs and their number."""
-    for scene in SCENES:
-        teacher = figures("adarec", f"{scene}-teacher")
-        found = figures("adarec", f"{scene}-search-{chosen(scene)}")
-        model = figures("adarec", f"{scene}-emd-0")
-        if not model:
-            continue
-        print(f"\n{scene}: teacher {teacher['NDCG@10']:.4f}, {teacher['macs']:,} multiply-adds; student of")
-        print(f"  {found['edges']} (cost {found['cost']:.3f}), {teacher['macs'] / model['macs']:.1f}x fewer")
-        for name in [*TAUGHT, "long", "longer", "far", "far-long", "wide", "wider"]:
-            values = ndcg(f"{scene}-{name}-{seed}" for seed in range(3))
-            if len(values):
-                print(
-                    f"  {name:11} {spread(values)}, {values.mean() / teacher['NDCG@10']:.1%} of the teacher"
-                )
-        own = ndcg(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2))
-        chance = [ndcg(f"{scene}-chance{k}-{seed}" for seed in range(2)) for k in range(5)]
-        chance = np.array([values.mean() for values in chance if len(values)])  # an architecture is one value
-        if len(own) and len(chance) > 1:
-            gap = (own.mean() - chance.mean()) / chance.std(ddof=1) / math.sqrt(1 + 1 / len(chance))
-            p = stats.t.sf(gap, len(chance) - 1)  # that an architecture of chance is as good
-            print(f"  no teacher, short: searched {spread(own)}; architectures at random {spread(chance)}")
-            print(f"    better than {(own.mean() > chance).sum()} of {len(chance)}, p {p:.2f}")
-        for other in SCENES:
-            values = ndcg(f"{scene}-from-{other}-{seed}" for seed in range(2))
-            if len(values):
-                print(f"    the architecture of {other} {spread(values)}")
-    for name in ("teacher", "student", "alone"):
-        print(f"demo, {name}: {spread(ndcg(f'demo-{name}-{seed}' for seed in range(3)))}")
-
-
-def bidirectional_table():
-    """Print means over seeds of HR and NDCG of teacher and student, their validation NDCG@10, and the p-value
-    that going on alone is as good, by users' NDCG, the mean of seeds; of the notebooks, also as they count.
-    """
-    for base, k in (("bpr", 50), ("cdae", 50), ("ml-1m", 10), ("games", 10)):
-        found = {}
-        for name, _ in bidirectional():
-            run, (how, seed) = figures("bidirectional", name), name.removeprefix(f"{base}-").rsplit("-", 1)
-            if name.startswith(base) and "student" in run:
-                found.setdefault(how, {})[seed] = run
-        print(
-            f"\n{base}: HR@{k} / NDCG@{k}, of teacher and of student" if found else "", end="\n" * bool(found)
-        )
-        for how, runs in found.items():
-            columns = []
-            for kind in ("teacher", "student"):
-                for counted in ("", "published ")[: 1 + (k == 50)]:
-                    keys = (f"{counted}HR@{k}", f"{counted}NDCG@{k}")
-                    means = [f"{np.mean([run[kind][key] for run in runs.values()]):.4f}" for key in keys]
-                    columns.append(" / ".join(means))
-                alone = {seed: run for seed, run in found.get("alone", {}).items() if seed in runs}
-                if alone and how != "alone" and all("ranks" in runs[seed][kind] for seed in alone):
-                    pairs = [(runs[seed][kind]["ranks"], run[kind]["ranks"]) for seed, run in alone.items()]
-                    gap = np.mean([gains(one, k) - gains(other, k) for one, other in pairs], 0)
-                    columns.append(f"p {stats.ttest_1samp(gap, 0).pvalue:.0e}")
-            valid = [f"{np.mean([run[kind]['valid'] for run in runs.values()]):.4f}" for kind in KINDS]
-            print(f"  {how:20}", "  ".join(columns), " valid", " / ".join(valid), f"({len(runs)})")
-
-
-def planted_table():
-    """Print which operations the searches of each planted lag found, and how often."""
-    for lag in (2, 4, 6):
-        found = Counter(
-            figures("planted", f"lag-{lag}-{seed}").get("edges", "not made") for seed in range(10)
-        )
-        print(f"lag {lag}:", ", ".join(f"{edges} {count}" for edges, count in found.most_common()))
-
-
-TABLES = {"adarec": adarec_table, "planted": planted_table, "bidirectional": bidirectional_table}
-
 # ---- One run ---------------------------------------------------------------------------------------------
 
 
@@ -439,12 +349,8 @@ def main(argv=None):
     parser.add_argument("--only", default="*", help="names of runs, as 'games-*'")
     parser.add_argument("--list", action="store_true", help="show what is missing, run nothing")
     parser.add_argument("--again", action="store_true", help="also runs whose JSON is there")
-    parser.add_argument("--table", action="store_true", help="print what was found, run nothing")
     args = parser.parse_args(argv)
     for claim in args.claims:
-        if args.table:
-            TABLES[claim]()
-            continue
         for name, commands in CLAIMS[claim]():
             if not fnmatch.fnmatch(name, args.only) or (figures(claim, name) and not args.again):
                 continue

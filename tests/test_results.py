@@ -14,6 +14,7 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 published = root / "results" / "published"
 sys.path.insert(0, str(root / "results"))
+import draw  # noqa: E402
 import run  # noqa: E402
 
 
@@ -65,3 +66,12 @@ def test_ranks_are_kept_as_characters(monkeypatch, tmp_path):
     for k in (10, 50):
         expected = np.where(np.ceil(rank) <= k, 1 / np.log2(np.ceil(rank) + 1), 0)
         np.testing.assert_allclose(run.gains(found["ranks"], k), expected)
+
+
+@pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: page.parent.name)
+def test_tables_are_what_the_runs_say(page):
+    text = page.read_text()
+    assert text.count("<!-- table ") == text.count("<!-- end -->") > 0
+    assert draw.filled(text) == text, "python results/draw.py"
+    for picture in re.findall(r"\((\S+\.svg)\)", text):
+        assert (page.parent / picture).exists()

@@ -1,0 +1,282 @@
+"""Draw the tables and pictures of README.md and results/README.md from the JSON of results/runs alone.
+
+    python results/draw.py     # the pictures where matplotlib is (requirements-figures.txt)
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. Mean of seeds, in brackets their standard
+deviation and number.
+"""
+
+import itertools
+import math
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+from run import DECAYS, KINDS, PAIRS, ROOT, RUNS, SCENES, SEQUENCES, TOGETHER, chosen, figures, gains
+from scipy import stats
+
+PAGES = ROOT / "README.md", ROOT / "results" / "README.md"
+MISSING = "not run"
+
+
+def values(names, key="NDCG@10", claim="adarec"):
+    """`key` of those of the runs `names` that were made."""
+    return np.array([run[key] for run in (figures(claim, name) for name in names) if run])
+
+
+def spread(of, form="{:.4f}"):
+    """Mean, and of several values their standard deviation and number."""
+    if len(of) == 0:
+        return MISSING
+    more = f" ({form.format(of.std(ddof=1))}; {len(of)})" if len(of) > 1 else " (1 seed)"
+    return form.format(of.mean()) + more
+
+
+def table(head, rows):
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# ---- AdaRec ----------------------------------------------------------------------------------------------
+
+
+def students(scene, name):
+    """Test NDCG@10 of the students `name` of a scene, over seeds."""
+    return values(f"{scene}-{name}-{seed}" for seed in range(3))
+
+
+def best(scene):
+    """The way of training the searched student that validates best."""
+    ways = [name for name in ("emd", "longer") if len(students(scene, name))]
+    return max(ways, key=lambda name: values((f"{scene}-{name}-{s}" for s in range(3)), "valid").mean())
+
+
+def share(scene, name):
+    """How much of the teacher's accuracy the students have."""
+    of = students(scene, name)
+    return f"{of.mean() / figures('adarec', f'{scene}-teacher')['NDCG@10']:.1%}" if len(of) else ""
+
+
+def faster(scene, key, threads):
+    """How many times as fast as the teacher the student is."""
+    teacher, student = figures("adarec", f"latency-{scene}-{threads}")
+    return f"{teacher[key] / student[key]:.1f}x"
+
+
+def fewer(scene, name="emd-0"):
+    """How many times fewer multiply-adds the student has."""
+    teacher, student = figures("adarec", f"{scene}-teacher"), figures("adarec", f"{scene}-{name}")
+    return f"{teacher['macs'] / student['macs']:.1f}x" if student else ""
+
+
+def teacher(scene):
+    """What the teacher is, and its accuracy."""
+    blocks, dim = (
+        re.search(rf"--{name} (\d+)", SCENES[scene]["teacher"]).group(1) for name in ("blocks", "dim")
+    )
+    return f"{blocks} blocks of {dim}: {figures('adarec', f'{scene}-teacher')['NDCG@10']:.4f}"
+
+
+def edges(scene, search=None):
+    """Operations that a search found; in bold those that were chosen."""
+    name = search or chosen(scene)
+    bold = "**" if search == chosen(scene) else ""
+    return f"{bold}`{figures('adarec', f'{scene}-search-{name}')['edges']}`{bold}"
+
+
+def front():
+    """AdaRec on three scenes, in short."""
+    of = {
+        "teacher, SASRec": teacher,
+        "student, searched and distilled": lambda s: (
+            f"{spread(students(s, best(s)))}, **{share(s, best(s))}**"
+        ),
+        "the same without a teacher": lambda s: spread(students(s, "none")),
+        "multiply-adds, fewer than the teacher's": fewer,
+        "faster, one by one; in batches (one thread)": lambda s: (
+            f"{faster(s, 'ms_per_user', 1)}; {faster(s, 'ms_per_1000_users', 1)}"
+        ),
+        "operations of its cells": edges,
+    }
+    return table(["", *SCENES], [[what, *map(show, SCENES)] for what, show in of.items()])
+
+
+def scenes():
+    """AdaRec on three scenes."""
+
+    def trained(name):
+        return lambda s: f"{spread(students(s, name))}, {share(s, name)}" if len(students(s, name)) else ""
+
+    def validated(scene):
+        runs = {
+            name: figures("adarec", f"{scene}-search-{name}-alone-0")["valid"] for name in ("with", "without")
+        }
+        return ", ".join(
+            f"{'**' * (n == chosen(scene))}{v:.4f}{'**' * (n == chosen(scene))}" for n, v in runs.items()
+        )
+
+    of = {"teacher, SASRec": teacher} | {
+        f"the search {name} its teacher found": lambda s, name=name: edges(s, name)
+        for name in ("with", "without")
+    }
+    of |= {"validation of the two, trained alone and short": validated, "multiply-adds, fewer": fewer}
+    for what, key in (("one by one", "ms_per_user"), ("in batches of 256", "ms_per_1000_users")):
+        of[f"faster {what}, on one thread; on two"] = lambda s, key=key: (
+            f"{faster(s, key, 1)}; {faster(s, key, 2)}"
+        )
+    ways = {"emd": "with the teacher, EMD", "one-to-one": "one-to-one", "last": "the last layer alone"}
+    ways |= {"none": "without a teacher", "long": "EMD, 24 epochs for 8", "longer": "and 14 more, all items"}
+    ways |= {"far-long": "`conv5;mean,dilated_conv5`, 24 epochs", "wide": "games' cells 128 wide, 24 epochs"}
+    ways |= {"wider": "and 14 more, all items"}
+    rows = [[what, *map(show, SCENES)] for what, show in of.items()]
+    rows += [[what, *map(trained(name), SCENES)] for name, what in ways.items()]
+    return table(["", *SCENES], rows)
+
+
+def transfer():
+    """Architectures of one scene trained on another, without a teacher, and architectures of chance."""
+    rows, last = [], []
+    for source in SCENES:
+        row = [source]
+        for scene in SCENES:
+            name = f"search-{chosen(scene)}-alone" if source == scene else f"from-{source}"
+            row.append(spread(values(f"{scene}-{name}-{seed}" for seed in range(2))))
+        rows.append(row)
+    row = ["at random, of the scene's cost"]
+    for scene in SCENES:
+        own = values(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2)).mean()
+        chance = [values(f"{scene}-chance{k}-{seed}" for seed in range(2)).mean() for k in range(5)]
+        chance = np.array(chance)  # an architecture is one value
+        row.append(spread(chance))
+        t = (own - chance.mean()) / chance.std(ddof=1) / math.sqrt(1 + 1 / len(chance))
+        last.append(f"{(own > chance).sum()} of {len(chance)}, p {stats.t.sf(t, len(chance) - 1):.2f}")
+    rows += [row, ["the searched one is better than", *last]]
+    return table(["architecture of \\ trained on", *SCENES], rows)
+
+
+def demo():
+    """The demo with other seeds."""
+    rows = [
+        [name, spread(values(f"demo-{name}-{s}" for s in range(3)))]
+        for name in ("teacher", "student", "alone")
+    ]
+    return table(["ml-100k", "NDCG@10"], rows)
+
+
+def planted():
+    """Which operations the searches of each planted lag found, and how often."""
+    rows = []
+    for lag in (2, 4, 6):
+        found = Counter(figures("planted", f"lag-{lag}-{seed}")["edges"] for seed in range(10))
+        rows.append([f"`lag {lag}`", ", ".join(f"`{name}` {n}" for name, n in found.most_common())])
+    return table(["scene", "operations found"], rows)
+
+
+# ---- Bidirectional distillation --------------------------------------------------------------------------
+
+
+def p_value(runs, alone, kind, k):
+    """That going on alone is as good, by a paired t-test of users' NDCG@k, means of seeds; "" if unknown."""
+    pairs = [(runs[s][kind], alone[s][kind]) for s in runs.keys() & alone.keys()]
+    if not pairs or runs is alone or not all("ranks" in one for one in itertools.chain(*pairs)):
+        return ""
+    gap = np.mean([gains(one["ranks"], k) - gains(other["ranks"], k) for one, other in pairs], 0)
+    return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}"
+
+
+def bidirectional(base, k, ways):
+    """HR@k / NDCG@k of both models, their p-values, and for the notebooks' data also as these count."""
+    counted = ("", "published ")[: 1 + (k == 50)]
+    head = ["", *(f"{kind}{', as published' * bool(c)}" for kind in KINDS for c in counted)]
+    head[1 + len(counted) : 1 + len(counted)] = ["p"]
+    rows, found = [], {}
+    for how in ways:
+        runs = {s: figures("bidirectional", f"{base}-{how}-{s}") for s in range(3)}
+        found[how] = {s: run for s, run in runs.items() if "student" in run}
+        if not found[how]:
+            continue
+        row = [f"{how} ({len(found[how])})"]
+        for kind in KINDS:
+            for c in counted:
+                keys = f"{c}HR@{k}", f"{c}NDCG@{k}"
+                row.append(
+                    " / ".join(f"{np.mean([r[kind][key] for r in found[how].values()]):.4f}" for key in keys)
+                )
+            row.append(p_value(found[how], found.get("alone", {}), kind, k))
+        rows.append(row)
+    return table([*head, "p"], rows)
+
+
+def notebooks(base):
+    """The table of the published notebooks, and its controls."""
+    decayed = [*(f"decay-{name}" for name in DECAYS), "alone-decayed", "published-decayed"]
+    return bidirectional(base, 50, ["start", *TOGETHER, *decayed])
+
+
+TABLES = {"front": front, "scenes": scenes, "transfer": transfer, "demo": demo, "planted": planted}
+TABLES |= {base: lambda base=base: notebooks(base) for base in ("bpr", "cdae")}
+TABLES |= {f"pairs-{scene}": lambda s=scene: bidirectional(s, 10, SEQUENCES) for scene in PAIRS}
+
+
+def filled(page):
+    """The text of a page, each of its tables drawn anew."""
+    pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], page)
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------
+
+
+def draw_scenes(plt):
+    """Accuracy over multiply-adds: teacher and students of each scene, a mark a seed."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+    kinds = {"teacher": ("teacher", "#000000", "s"), "emd": ("searched student", "#0072B2", "o")}
+    kinds |= {"longer": ("trained longer", "#009E73", "D"), "none": ("without teacher", "#E69F00", "v")}
+    kinds |= {"wide": ("games' cells, 128 wide", "#CC79A7", "^"), "wider": ("and longer", "#56B4E9", ">")}
+    for axis, scene in zip(axes, SCENES, strict=True):
+        top = figures("adarec", f"{scene}-teacher")
+        axis.axhline(top["NDCG@10"], color="#000000", lw=0.8, ls=":")
+        for name, (label, colour, marker) in kinds.items():
+            seeds = [""] if name == "teacher" else ["-0", "-1", "-2"]
+            runs = [f"{scene}-{name}{seed}" for seed in seeds]
+            if len(y := values(runs)):
+                x = values(runs, "macs") / 1e6
+                axis.plot(x, y, marker, color=colour, label=label, ms=7, mec="white", mew=0.6)
+        at = [1, 10, 100]
+        axis.set(title=scene, xscale="log", xlabel="million multiply-adds a history", xlim=(0.7, 400))
+        axis.set(xticks=at, xticklabels=at, ylim=(0.7 * top["NDCG@10"], 1.08 * top["NDCG@10"]))
+        axis.minorticks_off()
+    axes[0].set_ylabel("test NDCG@10")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+PICTURES = {"scenes": draw_scenes}
+
+
+def main():
+    """Draw all."""
+    for page in PAGES:
+        text = page.read_text()
+        if (new := filled(text)) != text:
+            page.write_text(new)
+            print(f"{page.relative_to(ROOT)}: tables drawn")
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("no matplotlib: the pictures stay as they are (pip install -r requirements-figures.txt)")
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "results", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    from matplotlib import pyplot as plt
+
+    for name, draw in PICTURES.items():
+        path = RUNS.parent / "pictures" / f"{name}.svg"
+        path.parent.mkdir(exist_ok=True)
+        draw(plt).savefig(path, metadata={"Date": None})
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

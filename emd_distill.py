@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import distributed as dist
 from torch import nn
+from torch.fx.node import map_aggregate
 
 # ---- L_hid: transport between layers ---------------------------------------------------------------------
 
@@ -358,7 +359,7 @@ def train(args):
     elif teacher:
         flow = np.round(log[best["epoch"]]["flow"], 3)
         print("flow, student layers down, teacher layers across:", flow, sep="\n")
-    Path(f"{args.out}.ckpt").unlink(missing_ok=True)
+    complete(args.out)
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -446,15 +447,14 @@ def join(args, rows, judged):
     """
     if "RANK" not in os.environ:
         return
-    cuda = args.device.startswith("cuda")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    except ValueError as error:
-        sys.exit(f"RANK is set, as torchrun does, but not all that it sets: {error}")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:
+        sys.exit(f"RANK is set, but torchrun's processes do not meet: {error}".splitlines()[0])
     if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
         sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank():
         sys.stdout = io.StringIO()  # one process prints
 
@@ -501,7 +501,7 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
     judged = judged[share()]
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
-    slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
+    slices = math.ceil(max(len(end) * min(1, items.max() / 2**22), len(end) / 256))  # of 16 MiB of scores
     for chosen in np.array_split(np.argsort(end - begin), slices):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
@@ -530,8 +530,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
         raise
 
 
@@ -542,8 +542,9 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
-        if damaged := zipfile.ZipFile(path).testzip():
+        if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
+        file.seek(0)
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
@@ -562,10 +563,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 def module_of(program, device):
     """The module of a loaded program, on `device`, where it then makes its constants, too."""
     module = program.module().to(device)
-    for node in module.graph.nodes:
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": torch.device(device)}
-    module.recompile()
+
+    def there(x):
+        return torch.device(device) if isinstance(x, torch.device) else x
+
+    for part in module.modules():
+        vars(part).update({k: x.to(device) for k, x in vars(part).items() if isinstance(x, torch.Tensor)})
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = map_aggregate(node.args, there), map_aggregate(node.kwargs, there)
+            part.recompile()
     return module
 
 
@@ -584,7 +591,7 @@ def save_model(args, out, program, module, validation, **config):
 
 def run_of(args):
     """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    files = {"data": sha256_of(args.data), "script": sha256_of(__file__)}
+    files = {"data": sha256_of(args.data), "script": sha256_of(__file__), "number of processes": share().step}
     return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
@@ -610,7 +617,7 @@ def load_checkpoint(args, parts):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.load(file, weights_only=True)
+            found = torch.load(file, "cpu", weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
             sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
         for part, state in zip(parts, found["states"], strict=True):
@@ -618,6 +625,14 @@ def load_checkpoint(args, parts):
         return run, found["rest"]
     except Exception:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} cannot be resumed: it is damaged")
+
+
+def complete(out):
+    """Remove OUT.ckpt, when all processes have come to the end of the run."""
+    if dist.is_initialized():
+        dist.barrier()
+    if not share().start:
+        Path(f"{out}.ckpt").unlink(missing_ok=True)
 
 
 def report(out, log, left, began, mark=""):
@@ -664,7 +679,11 @@ def main(argv=None):
     add("--epochs", type=int, default=30, help="passes over all users, at most")
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
-    add("--remember", action="store_true", help="keep the teacher's answers in memory: fast from epoch 2 on")
+    add(
+        "--remember",
+        action="store_true",
+        help="keep the teacher's answers in memory: fast from epoch 2 on, for one process",
+    )
     add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

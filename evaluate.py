@@ -6,7 +6,7 @@ Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020).
 
 Reads   interactions, `user item` a row (data/README.md), and any model files (README.md, "The model file").
         A model file is code: load only files that you trust.
-Writes  a table, or JSON, on standard output. The first model is the one that others are compared with.
+Writes  a table, or JSON, on standard output, and --ranks. The first model is what others are compared with.
 
 Shapes  B users, T positions, V items, item 0 padding, e features of an output.
 
@@ -30,6 +30,7 @@ from tokenize import TokenError
 import numpy as np
 import torch
 from scipy import stats
+from torch.fx.node import map_aggregate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -233,7 +234,7 @@ def recommend(args):
     at = np.flatnonzero(user_ids == args.recommend)
     if len(at) == 0:
         sys.exit(f"{args.data} has no user {args.recommend}; take one from 1 to {user_ids.max()}")
-    history = torch.from_numpy(items[starts[at[0]] : starts[at[0] + 1]])
+    history = torch.tensor(items[starts[at[0]] : starts[at[0] + 1]])
     tables = {f"user {args.recommend}: the last of {len(history)} items, oldest first": history[-10:]}
     for path, (program, config) in zip(args.models, loaded, strict=True):
         window, users = history[None, -config["max_length"] :], torch.from_numpy(user_ids[at])
@@ -300,8 +301,9 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
     file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
     try:
-        if damaged := zipfile.ZipFile(path).testzip():
+        if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
+        file.seek(0)
         program = torch.export.load(file, extra_files=extra)
         config = json.loads(extra["config.json"])
         hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
@@ -320,10 +322,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 def module_of(program, device):
     """The module of a loaded program, on `device`, where it then makes its constants, too."""
     module = program.module().to(device)
-    for node in module.graph.nodes:
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": torch.device(device)}
-    module.recompile()
+
+    def there(x):
+        return torch.device(device) if isinstance(x, torch.device) else x
+
+    for part in module.modules():
+        vars(part).update({k: x.to(device) for k, x in vars(part).items() if isinstance(x, torch.Tensor)})
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = map_aggregate(node.args, there), map_aggregate(node.kwargs, there)
+            part.recompile()
     return module
 
 
@@ -355,7 +363,7 @@ def main(argv=None):
     add("--protocol", choices=["full", "uniform", "popularity"], default="full", help="among which items")
     add("--negatives", type=int, default=100, help="items drawn a user by --protocol uniform or popularity")
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
-    add("--seed", type=int, default=0, help="of drawn negatives and of the bootstrap")
+    add("--seed", type=int, default=0, help="of drawn negatives and users, and of the bootstrap")
     add("--users", type=int, help="judge so many, drawn ones, where there are more")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
     add("--json", action="store_true", help="print a list with an object a model instead of the table")
@@ -373,7 +381,7 @@ def main(argv=None):
         else:
             print_table(evaluate(args), args)
     except OSError as error:  # a file that is not there
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or args.ranks}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def train(args):
         if left == 0:
             break
         save_checkpoint(args.out, run, trained, best=best, log=log)
-    Path(f"{args.out}.ckpt").unlink(missing_ok=True)
+    complete(args.out)
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -340,15 +340,14 @@ def join(args, rows, judged):
     """
     if "RANK" not in os.environ:
         return
-    cuda = args.device.startswith("cuda")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    except ValueError as error:
-        sys.exit(f"RANK is set, as torchrun does, but not all that it sets: {error}")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:
+        sys.exit(f"RANK is set, but torchrun's processes do not meet: {error}".splitlines()[0])
     if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
         sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank():
         sys.stdout = io.StringIO()  # one process prints
 
@@ -388,7 +387,7 @@ def validate(model, user_ids, starts, items, judged, max_length, device):
     """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
     judged = judged[share()]
     ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
-    slices = math.ceil(max(len(end) * items.max() / 2**22, len(end) / 256))  # of 16 MiB of scores or less
+    slices = math.ceil(max(len(end) * min(1, items.max() / 2**22), len(end) / 256))  # of 16 MiB of scores
     for chosen in np.array_split(np.argsort(end - begin), slices):
         b, e = begin[chosen], end[chosen]
         window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
@@ -417,8 +416,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
         raise
 
 
@@ -444,7 +443,7 @@ def save_model(args, out, program, module, validation, **config):
 
 def run_of(args):
     """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    files = {"data": sha256_of(args.data), "script": sha256_of(__file__)}
+    files = {"data": sha256_of(args.data), "script": sha256_of(__file__), "number of processes": share().step}
     return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
 
 
@@ -470,7 +469,7 @@ def load_checkpoint(args, parts):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.load(file, weights_only=True)
+            found = torch.load(file, "cpu", weights_only=True)
         if other := [name for name in run if found["run"].get(name) != run[name]]:
             sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
         for part, state in zip(parts, found["states"], strict=True):
@@ -478,6 +477,14 @@ def load_checkpoint(args, parts):
         return run, found["rest"]
     except Exception:  # whatever unpickling meets in a file of another kind
         sys.exit(f"{path} cannot be resumed: it is damaged")
+
+
+def complete(out):
+    """Remove OUT.ckpt, when all processes have come to the end of the run."""
+    if dist.is_initialized():
+        dist.barrier()
+    if not share().start:
+        Path(f"{out}.ckpt").unlink(missing_ok=True)
 
 
 def report(out, log, left, began, mark=""):

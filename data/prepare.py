@@ -52,8 +52,8 @@ def write_file(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
         raise
 
 

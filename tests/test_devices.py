@@ -1,11 +1,10 @@
-"""--device: what a script makes on another device than the CPU stays there, and nothing waits in its steps.
+"""--device: what a script makes on another device than the CPU stays there, and no step asks for a value.
 
 On the device `meta` tensors have no values: whoever looks at one, or mixes it with one of the CPU, gets an
 error. So an epoch must come through to where its loss is read. With CUDA at hand, all scripts run on it.
 """
 
 import importlib
-import itertools
 import json
 
 import numpy as np
@@ -89,19 +88,21 @@ def test_a_program_makes_its_constants_where_it_is(write_model):
     class Constants(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.M = torch.nn.Embedding(13, 4)
+            self.M, self.one = torch.nn.Embedding(13, 4), torch.ones(1)
 
         def forward(self, users, items):
-            x = self.M(items) + torch.arange(items.shape[1], device=items.device)[:, None].double().float()
-            return x[None], x, self.M.weight
+            place = torch.arange(items.shape[1], device=items.device)[:, None].double().float()
+            with torch.no_grad():
+                place = place + torch.zeros(1, device=items.device) + torch.tensor([1.0], device=items.device)
+            x = self.M(items) + place + torch.arange(items.shape[1]).to(items.device, torch.float32)[:, None]
+            return x[None], x + self.one.to(items.device), self.M.weight
 
     program, _ = evaluate.load_model(write_model(Constants(), 12, 8), 9, 12)
     ids = torch.ones(2, dtype=int), torch.ones(2, 3, dtype=int)
-    assert all(
-        x.device.type == "meta" for x in evaluate.module_of(program, "meta")(*(x.to("meta") for x in ids))
-    )
     expected = program.module()(*ids)
     torch.testing.assert_close(evaluate.module_of(program, "cpu")(*ids), expected, rtol=0, atol=0)
+    made = evaluate.module_of(program, "meta")(*(x.to("meta") for x in ids))
+    assert all(x.device.type == "meta" for x in made)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -112,6 +113,6 @@ def test_cuda_learns_as_the_cpu_does(name, call, tmp_path):
         call(name, device, 2)
         (log,) = tmp_path.glob("out*.log.jsonl")
         logs.append([json.loads(line) for line in log.read_text().splitlines()])
-    for line, other in itertools.chain(zip(*logs, strict=True)):
-        for key in line.keys() - {"seconds", "renewal_seconds", "edges"}:
-            assert other[key] == pytest.approx(line[key], rel=0.1, abs=0.01) or key in ("alpha", "flow")
+    for line, other in zip(*logs, strict=True):
+        for key in line.keys() - {"seconds", "renewal_seconds", "edges", "alpha", "flow"}:
+            assert other[key] == pytest.approx(line[key], rel=0.1, abs=0.05)

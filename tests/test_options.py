@@ -13,7 +13,7 @@ PUT = {
     "adarec_search": f"{SEARCHED} --beta=-1 --epochs=2",
     "emd_distill": "--negatives=-1 --patience=0 --gamma=-0.1 --final-rate=2",
     "bidirectional_distill": "--period=0 --samples=0 --warm-up=-1 --lambda-student=-1 --temperature=-1",
-    "evaluate": "--at=0 --negatives=0 --negatives=-1",
+    "evaluate": "--at=0 --negatives=0 --negatives=-1 --users=0",
 }
 NEEDED = {"emd_distill": ["--student=s.pt2"], "bidirectional_distill": ["--base=bpr"]}
 CASES = [(script, word) for script, words in PUT.items() for word in words.split()]

@@ -126,3 +126,14 @@ def test_processes_that_cannot_work_are_told(folder, meeting, name="search"):
         assert process.returncode == 1 and not said
         assert what in error and error.count("\n") == 1
     assert not (folder / f"{name} bad").exists()
+
+
+def test_processes_draw_alike_but_for_torchs_own_numbers(monkeypatch):
+    drawn, seeds = [], []
+    for share in (slice(None), slice(0, None, 2), slice(1, None, 2)):
+        monkeypatch.setattr(sasrec_teacher, "share", lambda share=share: share)
+        for epoch in (1, 2):
+            drawn.append(sasrec_teacher.random_numbers(5, epoch).random())
+            seeds.append(torch.initial_seed())
+    assert drawn[:2] == drawn[2:4] == drawn[4:] and drawn[0] != drawn[1]
+    assert seeds[:2] == seeds[2:4] and len(set(seeds)) == 4

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 root = Path(__file__).resolve().parent.parent
 published = root / "results" / "published"
@@ -75,3 +76,22 @@ def test_tables_are_what_the_runs_say(page):
     assert draw.filled(text) == text, "python results/draw.py"
     for picture in re.findall(r"\((\S+\.svg)\)", text):
         assert (page.parent / picture).exists()
+
+
+def test_p_values_pool_seeds_user_by_user():
+    rng = np.random.default_rng(0)
+    ranks = {name: [rng.integers(0, 51, 300) for _ in range(3)] for name in ("alone", "other")}
+    runs = {
+        name: {
+            seed: {"student": {"ranks": "".join(chr(48 + r) for r in rank)}} for seed, rank in enumerate(of)
+        }
+        for name, of in ranks.items()
+    }
+    gain = {
+        name: np.mean([np.where(r > 0, 1 / np.log2(r + 1.0), 0) for r in of], 0) for name, of in ranks.items()
+    }
+    expected = stats.ttest_rel(gain["other"], gain["alone"]).pvalue
+    assert draw.p_value(runs["other"], runs["alone"], "student", 50) == f"{expected:.0e}"
+    assert draw.p_value(runs["alone"], runs["alone"], "student", 50) == ""
+    del runs["other"][1]["student"]["ranks"]
+    assert draw.p_value(runs["other"], runs["alone"], "student", 50) == ""

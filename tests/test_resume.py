@@ -128,7 +128,10 @@ def test_what_cannot_be_resumed_is_told_and_nothing_touched(
     with monkeypatch.context() as patch:
         patch.setattr(np, "__version__", "1")
         assert "of a run with another numpy" in fails("--resume")
-        patch.setattr(importlib.import_module(script.split(",")[0]), "__file__", str(folder / "student.pt2"))
+        module = importlib.import_module(script.split(",")[0])
+        patch.setattr(module, "share", lambda: slice(0, None, 2))
+        assert "with another number of processes" in fails("--resume")
+        patch.setattr(module, "__file__", str(folder / "student.pt2"))
         assert "of a run with another script" in fails("--resume")
     (checkpoint,) = (tmp_path / "run").glob("*.ckpt")
     whole, data = checkpoint.read_bytes(), (folder / "data.txt").read_text()

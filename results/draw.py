@@ -94,6 +94,7 @@ def front():
     of = {"teacher, SASRec": teacher, "student, searched and distilled": distilled("emd")}
     of |= {"the same without a teacher": lambda s: spread(students(s, "none"))}
     of |= {"distilled for longer, 38 epochs for 8": distilled("longer")}
+    of |= {"games' cells, 128 wide, 38 epochs": distilled("wider")}
     of |= {"multiply-adds, fewer than the teacher's": fewer, "operations of its cells": edges}
     of |= {"faster, one by one; in batches (one thread)": speed}
     return table(["", *SCENES], [[what, *map(show, SCENES)] for what, show in of.items()])
@@ -205,13 +206,37 @@ def bidirectional(base, k, ways):
     return table([*head, "p"], rows)
 
 
+def pair():
+    """BPR's teacher and student before, alone, and with bidirectional distillation, in short."""
+    ways = {
+        "start": "before",
+        "alone": "alone",
+        "paper": "BD, the paper's sign",
+        "published": "BD as published",
+    }
+    ways |= {"published-half": "the same, every label 1/2"}
+    runs = {
+        what: [figures("bidirectional", f"bpr-{how}-{s}") for s in range(3)] for how, what in ways.items()
+    }
+    of = lambda what, kind: np.array([run[kind]["NDCG@50"] for run in runs[what] if run])  # noqa: E731
+    rows = [[kind, *(spread(of(what, kind)) for what in runs)] for kind in KINDS]
+    return table(["citeulike, BPR, NDCG@50", *runs], rows)
+
+
 def notebooks(base):
     """The table of the published notebooks, and its controls."""
     decayed = [*(f"decay-{name}" for name in DECAYS), "alone-decayed", "published-decayed"]
     return bidirectional(base, 50, ["start", *TOGETHER, *decayed])
 
 
-TABLES = {"front": front, "scenes": scenes, "transfer": transfer, "demo": demo, "planted": planted}
+TABLES = {
+    "front": front,
+    "scenes": scenes,
+    "transfer": transfer,
+    "demo": demo,
+    "planted": planted,
+    "pair": pair,
+}
 TABLES |= {base: lambda base=base: notebooks(base) for base in ("bpr", "cdae")}
 TABLES |= {f"pairs-{scene}": lambda s=scene: bidirectional(s, 10, SEQUENCES) for scene in PAIRS}
 

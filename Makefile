@@ -8,9 +8,10 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 DATA := data/ml-100k.txt
 SHAPE := --cells 1 --nodes 2 --dim 32
+ONE := $(patsubst %,tests/test_%.py,bidirectional devices processes resume)
 SAME := --epochs 30 --patience 30 --final-rate 0
 
-.PHONY: demo test lint results
+.PHONY: demo test test-one test-other lint results
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DATA)
@@ -27,8 +28,15 @@ demo: .venv/ready $(DATA)
 	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 --recommend 1
 	$(VENV) evaluate.py $(DATA) runs/large.pt2 runs/small.pt2 runs/bd-teacher.pt2 runs/bd-student.pt2
 
+# in two processes of one thread each
 test: .venv/ready
-	$(VENV) -m pytest
+	@$(MAKE) --no-print-directory -j2 test-one test-other
+
+test-one test-other: export OMP_NUM_THREADS = 1
+test-one:
+	$(VENV) -m pytest $(ONE)
+test-other:
+	$(VENV) -m pytest $(filter-out $(ONE),$(wildcard tests/test_*.py))
 
 results: .venv/ready
 	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements-figures.txt

@@ -549,6 +549,8 @@ def save_student(args, student, edges, max_length):
 
 def build(args):
     """No search: write --architecture, or one that is drawn by --random, with random weights."""
+    if int(os.environ.get("RANK", 0)):
+        return  # of torchrun's processes one is enough
     torch.manual_seed(args.seed)
     cells, dim, max_length = args.cells, args.dim, args.max_length or 50
     if args.architecture:

@@ -35,6 +35,7 @@ def test_what_scripts_share_is_there():
     reading |= {"refuse_numbers"}
     training = {"training_part", "batches_of_like_length", "save_model", "report", "write"}
     training |= {"run_of", "save_checkpoint", "load_checkpoint", "random_numbers", "join", "share", "add_up"}
+    training |= {"complete"}
     layers = {
         "item_losses",
         "sampled_item_losses",
@@ -45,6 +46,7 @@ def test_what_scripts_share_is_there():
         "updated_weights",
         "mean_of_all",
     }
+    training_scripts = has.keys() - {"prepare", "evaluate"}
     assert not any(has["prepare"] & has[script] for script in has.keys() - {"prepare"})
     assert all(reading <= has[script] for script in has.keys() - {"prepare", "adarec_search"})
     assert all(training <= has[script] for script in has.keys() - {"prepare", "evaluate"})
@@ -52,6 +54,9 @@ def test_what_scripts_share_is_there():
     assert all("load_model" in has[script] for script in has.keys() - {"prepare", "sasrec_teacher"})
     assert {"proposal", "draw_shared"} <= has["sasrec_teacher"] & has["adarec_search"] & has["emd_distill"]
     assert layers | {"ask", "at_real"} <= has["adarec_search"] & has["emd_distill"]
+    assert all("module_of" in has[script] for script in has.keys() - {"prepare", "sasrec_teacher"})
+    assert "with_dropout" in has["emd_distill"] & has["bidirectional_distill"]
+    assert all("export" in has[script] for script in training_scripts - {"emd_distill"})
     assert {"draw_negatives", "seen_in_training"} <= has["sasrec_teacher"] & has["bidirectional_distill"]
 
 

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "results" / "runs"
@@ -172,14 +173,25 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "alone-knowing": "--direction none",  # negatives are never validation or test items, as published
 }
 # two sizes of SASRec by binary cross-entropy, and how they go on
+BCE = "--negatives 8 --final-rate 0.1 --learning-rate 2e-3 --patience 99"
 PAIRS = {
-    "ml-1m": "--max-length 200 --negatives 8 --epochs 30 --final-rate 0.1 --learning-rate 2e-3",
-    "games": "--dropout 0.5 --negatives 8 --epochs 30 --final-rate 0.1 --learning-rate 2e-3",
+    "ml-1m": f"{BCE} --max-length 200 --epochs 100",
+    "games": f"{BCE} --dropout 0.5 --epochs 30",
 }
-GENTLE = "--lambda-teacher 0.05 --lambda-student 0.05"
+GENTLE, NO_BD = (f"--lambda-teacher {weight} --lambda-student {weight}" for weight in (0.05, 0))
 KINDS = "teacher", "student"
 SEQUENCES = {name: TOGETHER[name] for name in ("alone", "paper", "paper-half", "top")}
-SEQUENCES |= {"published": "--sign published", "top-gentle": f"--sampling top {GENTLE}"}
+SEQUENCES |= {  # the other's best items as negatives of L_CF; and beside them, gently, its labels
+    "published": "--sign published",
+    "uniform": "--sampling uniform",
+    "paper-gentle": GENTLE,
+    "top-gentle": f"--sampling top {GENTLE}",
+    "top-half": "--sampling top --temperature inf",
+    "drawn-top": "--sampling top --negatives drawn",
+    "drawn-top-gentle": f"--sampling top --negatives drawn {GENTLE}",
+    "drawn-top-lambda-0": f"--sampling top --negatives drawn {NO_BD}",
+    "drawn-lambda-0": f"--negatives drawn {NO_BD}",
+}
 DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published sums, and on our means
 
 
@@ -227,11 +239,60 @@ def bidirectional():
                 yield f"{scene}-{kind}-{seed}", [f"sasrec_teacher.py {data} {how}"]
             pair = f"--teacher {runs}-teacher-{seed}.pt2 --student {runs}-student-{seed}.pt2 {same}"
             for name, how in SEQUENCES.items():
-                how += " --epochs 10 --samples 8"
+                how += " --epochs 10 --samples 8 --batch-size 128"
                 yield f"{scene}-{name}-{seed}", [f"bidirectional_distill.py {data} {pair} {how}"]
 
 
-CLAIMS = {"adarec": adarec, "planted": planted, "bidirectional": bidirectional}
+# ---- The teacher, beside published figures; and what the cost loss is worth ------------------------------
+
+LARGE = "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 16"
+TEACHERS = {
+    "ml-1m": f"{LARGE} --patience 16",
+    "ml-1m-falling": f"{LARGE} {FALLING}",
+    "beauty": "--dropout 0.3 --patience 4 --epochs 40",
+    "beauty-falling": "--dropout 0.4 --epochs 16 --patience 16 --final-rate 0",
+    "games-64": "--loss bce --negatives 64 --dropout 0.6 --learning-rate 2e-3 --epochs 60 --final-rate 0",
+    "games-16-wide": "--loss bce --negatives 16 --dropout 0.6 --dim 128 --heads 2 --epochs 60 --final-rate 0",
+    "games-4-wide": "--loss bce --negatives 4 --dropout 0.6 --dim 128 --heads 2 --epochs 60 --final-rate 0",
+    "games-64-wide": "--loss bce --negatives 64 --dropout 0.7 --dim 128 --heads 2 --epochs 60 --final-rate 0",
+    "games-4": "--loss bce --negatives 4 --dropout 0.5 --learning-rate 2e-3 --epochs 60 --final-rate 0",
+    "games-sampled": "--loss sampled --dropout 0.6 --epochs 40 --final-rate 0",
+}
+BETAS = "0", "0.03", "0.1", "0.3", "1", "3"
+
+
+def teacher():
+    """SASRec on the data of the published figures; games also among 100 uniform negatives, as there."""
+    for seed in range(3):
+        for name, options in TEACHERS.items():
+            data = "-".join(name.split("-")[: 1 + name.startswith("ml")])
+            yield f"{name}-{seed}", [f"sasrec_teacher.py data/{data}.txt {options} --seed {seed}"]
+
+
+def cost():
+    """The weight beta of the cost loss: size and accuracy of what a search on games finds."""
+    for seed in range(2):
+        for beta in BETAS:
+            options, runs = (
+                SCENES["games"]["without"].replace("--beta 0.1", f"--beta {beta}"),
+                "runs/cost/games",
+            )
+            search = f"adarec_search.py data/games.txt {SHAPE} {options} --seed {seed}"
+            yield f"games-{beta}-{seed}", [search]
+            start = f"{runs}-{beta}-alone-{seed}-start"
+            source = f"--architecture {runs}-{beta}-{seed}.json --seed {seed} --out {start}.json"
+            train = f"--student {start}.pt2 {SCENES['games']['short']} {FALLING} --seed {seed}"
+            build = f"adarec_search.py data/games.txt {source}"
+            yield f"games-{beta}-alone-{seed}", [build, f"emd_distill.py data/games.txt {train}"]
+
+
+CLAIMS = {
+    "teacher": teacher,
+    "cost": cost,
+    "adarec": adarec,
+    "planted": planted,
+    "bidirectional": bidirectional,
+}
 
 # ---- One run ---------------------------------------------------------------------------------------------
 
@@ -268,6 +329,8 @@ def make(claim, name, commands, data):
             sys.exit(f"{name}: {command} failed")
     found |= {"seconds": round(time.time() - tick), "peak_MiB": peak // 1024, "torch_threads": threads()}
     found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        found["machine"] += f", {torch.cuda.get_device_name()}"
     if out.endswith(".json"):
         architecture = json.loads((ROOT / out).read_text())
         found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
@@ -283,6 +346,9 @@ def make(claim, name, commands, data):
             found["edges"] = ";".join(",".join(row) for row in json.loads(start.read_text())["edges"])
         report = evaluated(data, out, [10])
         found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
+        if claim == "teacher" and "games" in data:
+            report = evaluated(data, out, [10], "--protocol", "uniform")
+            found |= {f"sampled {key}": report[key] for key in ("HR@10", "NDCG@10")}
     path = RUNS / claim / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -291,11 +357,11 @@ def make(claim, name, commands, data):
     )
 
 
-def evaluated(data, model, at):
+def evaluated(data, model, at, *more):
     """What evaluate.py finds of a model on the test items; and of each user the rank, a character: that of
     code 48 + rank, or "0" for a rank above 50.
     """
-    command = [sys.executable, "evaluate.py", data, model, "--at", *map(str, at), "--json"]
+    command = [sys.executable, "evaluate.py", data, model, "--at", *map(str, at), *more, "--json"]
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         command += ["--ranks", file.name]
         found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)[0]

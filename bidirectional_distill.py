@@ -404,13 +404,17 @@ def train(args):
 def with_dropout(module, on, share=None):
     """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
 
-    Dropout stands in its graph as dropout(x, share, on). BatchNorm and a GRU's dropout stay as exported.
+    Dropout stands in its graph as dropout(x, share, on); a GRU or LSTM has the two as well, and on a GPU it
+    learns only while it is on. BatchNorm stays as exported.
     """
-    nodes = [node for node in module.graph.nodes if node.target is torch.ops.aten.dropout.default]
-    if share is not None and not nodes:
+    aten = torch.ops.aten
+    place = {aten.dropout.default: 1, aten.gru.input: 5, aten.lstm.input: 5}  # of `share` among the arguments
+    nodes = [node for node in module.graph.nodes if node.target in place]
+    if share is not None and not any(node.target is aten.dropout.default or node.args[5] for node in nodes):
         sys.exit("the student was exported without dropout; leave --dropout out")
     for node in nodes:
-        node.args = node.args[0], node.args[1] if share is None else share, on
+        k = place[node.target]
+        node.args = *node.args[:k], node.args[k] if share is None else share, on, *node.args[k + 2 :]
     module.recompile()
     return module
 

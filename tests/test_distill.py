@@ -431,6 +431,38 @@ def test_a_gru_learns_and_comes_out_as_a_model(small, write_gru, models, tmp_pat
     assert len(log_of(out)) == 1 and evaluate.load_model(out, 30, 12)[1]["validation"] == config["validation"]
 
 
+CELLS = {
+    "gru": torch.nn.GRU(6, 6, 2, dropout=0.5, batch_first=True),
+    "lstm": torch.nn.LSTM(6, 6, 2, dropout=0.5, batch_first=True),
+    "dropout": torch.nn.Dropout(),
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_dropout_of_a_loaded_program_is_on_and_off(kind, write_model):
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.M, self.cell = torch.nn.Embedding(13, 6), CELLS[kind]
+
+        def forward(self, users, items):
+            made = self.cell(self.M(F.pad(items, (0, 9))[:, :9]))
+            x = (made if kind == "dropout" else made[0])[:, : items.shape[1]]
+            return x[None], x, self.M.weight
+
+    program, _ = evaluate.load_model(write_model(Dropped(), 12, 8), 9, 12)
+    ids = torch.ones(1, dtype=int), torch.arange(1, 9)[None]
+
+    def output(on, share=None):
+        return distill.with_dropout(program.module(), on, share)(*ids)[1]
+
+    torch.testing.assert_close(output(False), output(False), rtol=0, atol=0)
+    torch.testing.assert_close(output(True, 0.0), output(False))
+    torch.testing.assert_close(output(True, 1.0), output(True, 1.0), rtol=0, atol=0)
+    assert not torch.allclose(output(True), output(False)) and not torch.allclose(output(True), output(True))
+    assert not torch.allclose(output(True, 1.0), output(False))
+
+
 def test_models_that_do_not_fit_are_told_and_nothing_is_written(small, write_model, tmp_path):
     def model(layers=1, items=12, length=8, **config):
         name = f"{layers}-{items}-{length}-{len(config)}.pt2"

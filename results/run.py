@@ -13,7 +13,9 @@ import fnmatch
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -197,10 +199,10 @@ DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published su
 
 def patched(name, command):
     """Commands that make a copy of a script with results/published/NAME.patch, and that run it instead."""
-    script, options = command.split(maxsplit=1)
+    script, _, options = command.partition(" ")
     copy = f"runs/published/{name}/{script}"
     (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
-    return [f"patch -o {copy} {script} results/published/{name}.patch"], f"{copy} {options}"
+    return [f"patch -o {copy} {script} results/published/{name}.patch"], f"{copy} {options}".strip()
 
 
 def bidirectional():
@@ -286,13 +288,70 @@ def cost():
             yield f"games-{beta}-alone-{seed}", [build, f"emd_distill.py data/games.txt {train}"]
 
 
-CLAIMS = {
-    "teacher": teacher,
-    "cost": cost,
-    "adarec": adarec,
-    "planted": planted,
-    "bidirectional": bidirectional,
-}
+# ---- Where the published code departs from its paper: a patch of our script puts each back ---------------
+
+
+def published():
+    """The demo's search and student as published; what BD's code does is among `bidirectional`."""
+    data = "data/ml-100k.txt"
+    for seed in range(3):
+        runs, same = "runs/published", f"--seed {seed}"
+        taught = f"--teacher runs/adarec/demo-teacher-{seed}.pt2 --remember"
+        shape, train = f"{taught} --cells 1 --nodes 2 --dim 32 {same}", f"--epochs 30 {FALLING} {same}"
+        for name, options in {"leak": "", "cost": "--beta 8", "rate": "--alpha-learning-rate 2e-5"}.items():
+            patch, script = [], "adarec_search.py"
+            if name != "rate":
+                patch, script = patched(name, script)
+            out = f"{runs}/{name}-{seed}"
+            search = f"{script} {data} {shape} {options} --out {out}-found.json"
+            build = f"{script} {data} --architecture {out}-found.json {same} --out {out}-start.json"
+            learn = f"emd_distill.py {data} --student {out}-start.pt2 {taught} {train}"
+            yield f"{name}-{seed}", [*patch, search, build, learn]
+        patch, script = patched("kl", "emd_distill.py")
+        student = f"--student runs/adarec/demo-start-{seed}.pt2"
+        yield f"kl-{seed}", [*patch, f"{script} {data} {student} {taught} {train}"]
+        patch, script = patched("history", "evaluate.py")
+        yield f"history-{seed}", [*patch, f"{script} {data} runs/adarec/demo-student-{seed}.pt2 --json"]
+
+
+# ---- Speed: both sides in turn, seconds of an epoch by their logs ----------------------------------------
+
+LIKE_PEER = "--loss bce --dim 50 --dropout 0.5 --epochs 2"
+PEER = "-u main.py --train_dir=x --device=cpu --hidden_units=50 --num_epochs=2 --dropout_rate=0.5"
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2"
+
+
+def speed():
+    """The teacher beside github.com/pmixer/SASRec.pytorch, whose folder python/ has to be runs/peer; the loss
+    over all items and the supernet beside what is usual; each with its patch or its peer as the other side.
+    """
+    for scene, length in (("games", 50), ("ml-1m", 200)):
+        teacher = f"sasrec_teacher.py data/{scene}.txt --max-length {length}"
+        yield f"peer-{scene}", [f"{teacher} {LIKE_PEER}", f"{PEER} --dataset={scene} --maxlen={length}"]
+    patch, other = patched("softmax", f"{teacher} --epochs 2")
+    yield "softmax", [f"{teacher} --epochs 2", *patch, other]
+    shape = "--max-length 200 --cells 2 --nodes 2 --epochs 1 --alpha-warm-up 0"
+    search = f"adarec_search.py data/{scene}.txt {shape}"
+    patch, other = patched("operations", search)
+    yield "operations", [search, *patch, other]
+
+
+def processes():
+    """Two processes of one thread against one of one thread, on ml-1m."""
+    data, T = "data/ml-1m.txt", "runs/processes/sasrec_teacher-0.pt2"
+    for script, options in {
+        "sasrec_teacher": "--max-length 200",
+        "adarec_search": f"--teacher {T} --cells 1 --nodes 2 --batch-size 64 --alpha-warm-up 1",
+        "emd_distill": f"--student {T} --teacher {T} --batch-size 64",
+        "bidirectional_distill": f"--teacher {T} --student {T} --batch-size 128",
+    }.items():
+        command = f"{script}.py {data} {options} --epochs 2"
+        yield script, [command, f"{TORCHRUN} {command}"]
+
+
+TIMED = {"speed": speed, "processes": processes}
+CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "planted": planted}
+CLAIMS |= {"bidirectional": bidirectional, "published": published, **TIMED}
 
 # ---- One run ---------------------------------------------------------------------------------------------
 
@@ -308,14 +367,59 @@ def words(command, python):
     return [python] * (not command.startswith("patch ")) + shlex.split(command)
 
 
+def seconds_of_epoch(command, out):
+    """Run `command` with --out `out`; the seconds of its last epoch."""
+    if not command.startswith("-u main.py"):
+        subprocess.run(words(f"{command} --out {out}", sys.executable), cwd=ROOT, check=True, stdout=2)
+        return json.loads((ROOT / f"{out}.log.jsonl").read_text().splitlines()[-1])["seconds"]
+    ended, data = {}, re.search(r"dataset=(\S+)", command)[1]  # the peer tells when a step ends
+    shutil.copy(ROOT / f"data/{data}.txt", ROOT / f"runs/peer/data/{data}.txt")
+    words_, folder = words(command, sys.executable), ROOT / "runs/peer"
+    with subprocess.Popen(words_, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+        for line in process.stdout:
+            if step := re.match(r"loss in epoch (\d+) iteration", line):
+                ended[int(step[1])] = time.perf_counter()
+    return ended[2] - ended[1]
+
+
+def timed(claim, name, commands):
+    """Run the two sides of `commands` in turn, three times; write seconds of an epoch, and their ratio."""
+    found = {"commands": commands, "commit": commit(), "machine": machine(), "torch_threads": threads()}
+    for folder in (RUNS / claim, ROOT / "runs" / claim):
+        folder.mkdir(parents=True, exist_ok=True)
+    for patch in commands[1:-1]:
+        subprocess.run(words(patch, ""), cwd=ROOT, check=True, stdout=2)
+    sides = {f"runs/{claim}/{name}-{n}": commands[-n] for n in (0, 1)}  # the first, and the last
+    ends = {out: ".json" if "adarec_search" in side else ".pt2" for out, side in sides.items()}
+    found["seconds_of_epoch"] = seconds = []
+    for _ in range(3):
+        seconds.append([seconds_of_epoch(side, f"{out}{ends[out]}") for out, side in sides.items()])
+    ours, other = np.median(seconds, 0)
+    found["ratio"] = other / ours
+    (RUNS / claim / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{name}: {ours:.2f} s, {other:.2f} s", flush=True)
+
+
+def commit():
+    """The commit that is checked out."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip()
+
+
+def machine():
+    """What it is measured on."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
+
+
 def make(claim, name, commands, data):
     """Run `commands`, the last of which writes runs/CLAIM/NAME; write their JSON with the model's figures."""
     model = f"runs/{claim}/{name}.pt2"
     out = model.replace(".pt2", ".json") if commands[-1].startswith("adarec_search") else model
     stem = out.removesuffix(".pt2") if "bidirectional_distill.py" in commands[-1] else out
-    commands = [*commands[:-1], f"{commands[-1]} --out {stem}"]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found = {"commands": [" ".join(words(c, "python")) for c in commands], "commit": git.stdout.strip()}
+    if "evaluate.py" not in commands[-1]:
+        commands = [*commands[:-1], f"{commands[-1]} --out {stem}"]
+    found = {"commands": [" ".join(words(c, "python")) for c in commands], "commit": commit()}
     tick, peak = time.time(), 0
     (ROOT / model).parent.mkdir(parents=True, exist_ok=True)
     for command in commands:
@@ -328,10 +432,11 @@ def make(claim, name, commands, data):
         if status:
             sys.exit(f"{name}: {command} failed")
     found |= {"seconds": round(time.time() - tick), "peak_MiB": peak // 1024, "torch_threads": threads()}
-    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    if torch.cuda.is_available():
-        found["machine"] += f", {torch.cuda.get_device_name()}"
-    if out.endswith(".json"):
+    found["machine"] = machine()
+    if "evaluate.py" in commands[-1]:
+        report = json.loads((ROOT / f"runs/{claim}/{name}.out").read_text())[0]
+        found |= {key: report[key] for key in ("HR@10", "NDCG@10")}
+    elif out.endswith(".json"):
         architecture = json.loads((ROOT / out).read_text())
         found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
         printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
@@ -422,6 +527,8 @@ def main(argv=None):
                 continue
             if args.list:
                 print(f"{claim}/{name}", *commands, sep="\n    ")
+            elif claim in TIMED:
+                timed(claim, name, commands)
             else:
                 make(claim, name, commands, commands[-1].split()[1])
 

@@ -18,6 +18,8 @@ sys.path.insert(0, str(root / "results"))
 import draw  # noqa: E402
 import run  # noqa: E402
 
+import evaluate  # noqa: E402
+
 
 @pytest.mark.parametrize("claim", run.CLAIMS)
 def test_every_command_is_understood(claim, monkeypatch, tmp_path):
@@ -26,13 +28,15 @@ def test_every_command_is_understood(claim, monkeypatch, tmp_path):
     assert len(runs) == len(list(run.CLAIMS[claim]()))  # each name once
     for commands in runs.values():
         for command in commands:
-            script, *argv = shlex.split(command.replace("COST", "0.5"))
-            if script in ("data/prepare.py", "patch"):
+            script, *argv = shlex.split(command.replace("COST", "0.5").removeprefix(f"{run.TORCHRUN} "))
+            if script in ("data/prepare.py", "patch", "-u"):  # -u: the peer's
                 continue
             module, asked = importlib.import_module(Path(script).stem), []
-            for name in ("train", "search", "build"):
+            for name in ("train", "search", "build", "evaluate"):
                 monkeypatch.setattr(module, name, asked.append, raising=False)
-            module.main([*argv, "--out", "x.json"])
+            if module is evaluate:
+                monkeypatch.setattr(module, "print_table", lambda *_: None)
+            module.main([*argv, *["--out", "x.json"] * (module is not evaluate)])
             assert len(asked) == 1 and asked[0].data == argv[0]
             understood += 1
     assert understood >= len(runs)
@@ -88,7 +92,8 @@ def test_p_values_pool_seeds_user_by_user():
         for name, of in ranks.items()
     }
     gain = {
-        name: np.mean([np.where(r > 0, 1 / np.log2(r + 1.0), 0) for r in of], 0) for name, of in ranks.items()
+        name: np.mean([(r > 0) / np.log2(np.maximum(r, 1) + 1.0) for r in of], 0)
+        for name, of in ranks.items()
     }
     expected = stats.ttest_rel(gain["other"], gain["alone"]).pvalue
     assert draw.p_value(runs["other"], runs["alone"], "student", 50) == f"{expected:.0e}"

@@ -13,6 +13,7 @@ import fnmatch
 import json
 import os
 import platform
+import pstats
 import re
 import shlex
 import shutil
@@ -337,7 +338,7 @@ def speed():
 
 
 def processes():
-    """Two processes of one thread against one of one thread, on ml-1m."""
+    """An epoch of ml-1m in two processes of one thread against one, and what a checkpoint adds to it."""
     data, T = "data/ml-1m.txt", "runs/processes/sasrec_teacher-0.pt2"
     for script, options in {
         "sasrec_teacher": "--max-length 200",
@@ -374,12 +375,21 @@ def seconds_of_epoch(command, out):
         return json.loads((ROOT / f"{out}.log.jsonl").read_text().splitlines()[-1])["seconds"]
     ended, data = {}, re.search(r"dataset=(\S+)", command)[1]  # the peer tells when a step ends
     shutil.copy(ROOT / f"data/{data}.txt", ROOT / f"runs/peer/data/{data}.txt")
-    words_, folder = words(command, sys.executable), ROOT / "runs/peer"
-    with subprocess.Popen(words_, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+    split = words(command, sys.executable)
+    with subprocess.Popen(split, stdout=subprocess.PIPE, text=True, cwd=ROOT / "runs/peer") as process:
         for line in process.stdout:
             if step := re.match(r"loss in epoch (\d+) iteration", line):
                 ended[int(step[1])] = time.perf_counter()
     return ended[2] - ended[1]
+
+
+def seconds_of_checkpoint(command):
+    """Seconds that one call of save_checkpoint takes, by Python's profiler."""
+    with tempfile.NamedTemporaryFile() as file:
+        profiler = f"-m cProfile -o {file.name} {command}"
+        subprocess.run(words(profiler, sys.executable), cwd=ROOT, check=True, stdout=2)
+        calls = pstats.Stats(file.name).stats
+    return next(call[3] / call[0] for (*_, name), call in calls.items() if name == "save_checkpoint")
 
 
 def timed(claim, name, commands):
@@ -389,13 +399,14 @@ def timed(claim, name, commands):
         folder.mkdir(parents=True, exist_ok=True)
     for patch in commands[1:-1]:
         subprocess.run(words(patch, ""), cwd=ROOT, check=True, stdout=2)
-    sides = {f"runs/{claim}/{name}-{n}": commands[-n] for n in (0, 1)}  # the first, and the last
-    ends = {out: ".json" if "adarec_search" in side else ".pt2" for out, side in sides.items()}
-    found["seconds_of_epoch"] = seconds = []
-    for _ in range(3):
-        seconds.append([seconds_of_epoch(side, f"{out}{ends[out]}") for out, side in sides.items()])
-    ours, other = np.median(seconds, 0)
+    end = ".json" if "adarec_search" in commands[0] else ".pt2"
+    outs = [f"runs/{claim}/{name}-{n}{end}" for n in (0, 1)]
+    sides = list(zip((commands[0], commands[-1]), outs, strict=True))
+    found["seconds_of_epoch"] = [[seconds_of_epoch(*side) for side in sides] for _ in range(3)]
+    ours, other = np.median(found["seconds_of_epoch"], 0)
     found["ratio"] = other / ours
+    if claim == "processes":
+        found["checkpoint_seconds"] = seconds_of_checkpoint(f"{commands[0]} --out {outs[0]}")
     (RUNS / claim / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{name}: {ours:.2f} s, {other:.2f} s", flush=True)
 

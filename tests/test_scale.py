@@ -1,8 +1,9 @@
 """Large logs and catalogues: time and peak memory of a hundred steps and of 1,000 users' evaluation.
 
-Half an hour: SCALE=1 OMP_NUM_THREADS=1 python -m pytest tests/test_scale.py -s
+Half an hour: SCALE=table.json OMP_NUM_THREADS=1 python -m pytest tests/test_scale.py writes table.json.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def measured(*argv, cwd):
     return time.time() - tick, usage.ru_maxrss / 1024
 
 
-@pytest.mark.skipif("SCALE" not in os.environ, reason="takes half an hour, SCALE=1 runs it")
+@pytest.mark.skipif("SCALE" not in os.environ, reason="takes half an hour, SCALE=FILE runs it")
 @pytest.mark.parametrize("interactions, items", SIZES)
 def test_scale(tmp_path, interactions, items):
     users, rng, path = interactions // LENGTH, np.random.default_rng(0), tmp_path / "data.npy"
@@ -55,7 +56,10 @@ def test_scale(tmp_path, interactions, items):
         argv = SCRIPTS[script].replace("DATA", path.name).split()
         argv += ["--batch-size", str(users // 100)] * (script != "evaluate")  # a hundred steps an epoch
         rows[script] = measured(ROOT / f"{script}.py", *argv, cwd=tmp_path)
-    for name, (seconds, peak) in rows.items():
-        print(f"{interactions:,} interactions, {items:,} items, {name}: {seconds:.0f} s, {peak:,.0f} MiB")
-        assert peak < 8 * 1024
+    size = {"interactions": interactions, "items": items}
+    new = [size | {"what": name, "seconds": s, "MiB": peak} for name, (s, peak) in rows.items()]
+    table = Path(os.environ["SCALE"])
+    before = json.loads(table.read_text()) if table.exists() else []
+    table.write_text(json.dumps(before + new, indent=1) + "\n")
+    assert all(peak < 8 * 1024 for _, peak in rows.values())
     assert rows["read_interactions"][0] < 30

@@ -1,6 +1,7 @@
 # make demo    from nothing through all four stages to tables of their models, in runs/
 # make test    the checks
 # make results the tables and pictures of README.md and results/, from the JSON files of results/runs
+# make results-from-nothing CLAIM=8    the runs of a section of results/README.md that are missing, and then these
 # make lint    ruff, as CI runs it
 # Each makes .venv from requirements.txt first, if it is not there; PYTHON=python3.12 make ... chooses another Python.
 
@@ -11,7 +12,9 @@ SHAPE := --cells 1 --nodes 2 --dim 32
 ONE := $(patsubst %,tests/test_%.py,bidirectional devices processes resume)
 SAME := --epochs 30 --patience 30 --final-rate 0
 
-.PHONY: demo test test-one test-other lint results
+CLAIM ?= 1 2 4 6 7 8 9 10
+
+.PHONY: demo test test-one test-other lint results results-from-nothing
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DATA)
@@ -37,6 +40,10 @@ test-one:
 	$(VENV) -m pytest $(ONE)
 test-other:
 	$(VENV) -m pytest $(filter-out $(ONE),$(wildcard tests/test_*.py))
+
+results-from-nothing: .venv/ready
+	$(VENV) results/run.py $(CLAIM)
+	@$(MAKE) --no-print-directory results
 
 results: .venv/ready
 	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements-figures.txt

@@ -7,6 +7,7 @@ deviation and number.
 """
 
 import itertools
+import json
 import math
 import re
 import sys
@@ -34,11 +35,29 @@ from scipy import stats
 
 PAGES = ROOT / "README.md", ROOT / "results" / "README.md"
 MISSING = "not run"
+OPERATIONS = (
+    "conv3",
+    "conv5",
+    "dilated_conv3",
+    "dilated_conv5",
+    "avg_pool",
+    "max_pool",
+    "skip",
+    "none",
+    "mean",
+)
 
 
 def values(names, key="NDCG@10", claim="adarec"):
     """`key` of those of the runs `names` that were made."""
     return np.array([run[key] for run in (figures(claim, name) for name in names) if run])
+
+
+def mean(names):
+    """Their mean NDCG@10; a KeyError if none was made."""
+    if len(of := values(names)) == 0:
+        raise KeyError
+    return of.mean()
 
 
 def spread(of, form="{:.4f}"):
@@ -159,8 +178,8 @@ def transfer():
         rows.append(row)
     row = ["at random, of the scene's cost"]
     for scene in SCENES:
-        own = values(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2)).mean()
-        chance = [values(f"{scene}-chance{k}-{seed}" for seed in range(2)).mean() for k in range(5)]
+        own = mean(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2))
+        chance = [mean(f"{scene}-chance{k}-{seed}" for seed in range(2)) for k in range(5)]
         chance = np.array(chance)  # an architecture is one value
         row.append(spread(chance))
         t = (own - chance.mean()) / chance.std(ddof=1) / math.sqrt(1 + 1 / len(chance))
@@ -347,40 +366,143 @@ TABLES |= {base: lambda base=base: notebooks(base) for base in ("bpr", "cdae")}
 TABLES |= {f"pairs-{scene}": lambda s=scene: bidirectional(s, 10, SEQUENCES) for scene in PAIRS}
 
 
+def drawn(name):
+    """A table; without the runs that it needs only a word."""
+    try:
+        return TABLES[name]()
+    except (KeyError, ValueError):  # a run's JSON is {} if it was not made
+        return MISSING
+
+
 def filled(page):
     """The text of a page, each of its tables drawn anew."""
     pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], page)
+    return pattern.sub(lambda m: m[1] + drawn(m[2]) + m[3], page)
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------
 
 
+COLOURS = "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442"
+
+
 def draw_scenes(plt):
-    """Accuracy over multiply-adds: teacher and students of each scene, a mark a seed."""
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
-    kinds = {"teacher": ("teacher", "#000000", "s"), "emd": ("searched student", "#0072B2", "o")}
-    kinds |= {"longer": ("trained longer", "#009E73", "D"), "none": ("without teacher", "#E69F00", "v")}
-    kinds |= {"wide": ("games' cells, 128 wide", "#CC79A7", "^"), "wider": ("and longer", "#56B4E9", ">")}
-    for axis, scene in zip(axes, SCENES, strict=True):
+    """Accuracy over multiply-adds and over latency: teacher and students of each scene, a mark a seed."""
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharey="col")
+    kinds = {"teacher": ("teacher", "s"), "emd": ("searched student", "o"), "none": ("without teacher", "v")}
+    kinds |= {"longer": ("trained longer", "D"), "wide": ("games' cells, 128 wide", "^")}
+    kinds |= {"wider": ("and longer", ">")}
+    for (above, below), scene in zip(axes.T, SCENES, strict=True):
         top = figures("adarec", f"{scene}-teacher")
-        axis.axhline(top["NDCG@10"], color="#000000", lw=0.8, ls=":")
-        for name, (label, colour, marker) in kinds.items():
+        for (name, (label, marker)), colour in zip(kinds.items(), COLOURS, strict=False):
             seeds = [""] if name == "teacher" else ["-0", "-1", "-2"]
             runs = [f"{scene}-{name}{seed}" for seed in seeds]
+            look = {"color": colour, "label": label, "ms": 7, "mec": "white", "mew": 0.6}
             if len(y := values(runs)):
-                x = values(runs, "macs") / 1e6
-                axis.plot(x, y, marker, color=colour, label=label, ms=7, mec="white", mew=0.6)
-        at = [1, 10, 100]
-        axis.set(title=scene, xscale="log", xlabel="million multiply-adds a history", xlim=(0.7, 400))
-        axis.set(xticks=at, xticklabels=at, ylim=(0.7 * top["NDCG@10"], 1.08 * top["NDCG@10"]))
-        axis.minorticks_off()
-    axes[0].set_ylabel("test NDCG@10")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+                above.plot(values(runs, "macs") / 1e6, y, marker, **look)
+            file = f"latency-{scene}-wide-1" if name == "wider" else f"latency-{scene}-1"
+            if name in ("teacher", "emd", "wider") and (pair := figures("adarec", file)):
+                below.plot(pair[name != "teacher"]["ms_per_1000_users"], y.mean(), marker, **look)
+        for axis in (above, below):
+            axis.axhline(top["NDCG@10"], color="#000000", lw=0.8, ls=":")
+            axis.set(xscale="log", ylim=(0.7 * top["NDCG@10"], 1.08 * top["NDCG@10"]))
+            axis.minorticks_off()
+        above.set(title=scene, xlabel="million multiply-adds a history", xlim=(0.7, 400))
+        above.set(xticks=[1, 10, 100], xticklabels=[1, 10, 100])
+        below.set(xlabel="ms for 1,000 users, in batches", xlim=(20, 10_000))
+        below.set(xticks=[100, 1000], xticklabels=["100", "1,000"])
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test NDCG@10")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-PICTURES = {"scenes": draw_scenes}
+def draw_cells(plt):
+    """The cells that the search found in each scene, as graphs: node 0 is the input."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 1.7), layout="constrained")
+    for axis, scene in zip(axes, SCENES, strict=True):
+        found = figures("adarec", f"{scene}-search-{chosen(scene)}")["edges"]
+        for j, row in enumerate(found.split(";"), 1):
+            for i, name in enumerate(row.split(",")):
+                bend, high = ("arc3,rad=-0.5", 0.42) if j - i > 1 else ("arc3", 0.07)
+                arrow = {"arrowstyle": "-|>", "connectionstyle": bend, "shrinkA": 12, "shrinkB": 12}
+                arrow |= {"color": "#999999" if name == "none" else "#0072B2"}
+                axis.annotate("", (j, 0), (i, 0), arrowprops=arrow)
+                axis.text((i + j) / 2, high, name, ha="center", va="bottom")
+        for node in range(3):
+            axis.text(node, 0, node, ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"})
+        axis.set(title=scene, xlim=(-0.3, 2.3), ylim=(-0.3, 0.8))
+        axis.axis("off")
+    return figure
+
+
+def draw_search(plt):
+    """softmax(alpha) of each edge, and the temperature, over the epochs of the demo's search."""
+    alpha = np.array(json.loads(figures("adarec", "demo-search-0")["alpha"]))  # [epochs, E, |O|]
+    p = np.exp(alpha) / np.exp(alpha).sum(-1, keepdims=True)
+    figure, axes = plt.subplots(1, p.shape[1], figsize=(9, 2.6), layout="constrained", sharey=True)
+    for axis, edge, name in zip(axes, p.swapaxes(0, 1), ("0 to 1", "0 to 2", "1 to 2"), strict=True):
+        for operation, colour, y in zip(OPERATIONS, COLOURS, edge.T, strict=True):
+            axis.plot(np.arange(1, len(y) + 1), y, color=colour, label=operation, lw=1.4)
+        tau = 0.8 ** (np.arange(len(edge)) // 5)
+        axis.plot(np.arange(1, len(edge) + 1), tau, color="#000000", ls=":", lw=1, label="tau")
+        axis.set(title=f"edge {name}", xlabel="epoch")
+    axes[0].set_ylabel("softmax(alpha)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    return figure
+
+
+def draw_flow(plt):
+    """How much of the flow goes between which layers, over the epochs of the demo's student."""
+    flow = np.array(json.loads(figures("adarec", "demo-student-0")["flow"]))  # [epochs, L_S, L_T]
+    figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
+    image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
+    pairs = [f"{i} of the student, {j}" for i, j in np.ndindex(flow.shape[1:])]
+    axis.set(yticks=range(len(pairs)), yticklabels=pairs, xlabel="epoch", title="flow F between layers")
+    figure.colorbar(image)
+    return figure
+
+
+def draw_bidirectional(plt):
+    """Validation NDCG@10 over the epochs in which a pair of SASRec on ml-1m goes on; mean of 3 seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for axis, kind in zip(axes, KINDS, strict=True):
+        ways = ("alone", "paper", "published", "paper-gentle", "top", "top-gentle", "uniform", "paper-half")
+        for how, colour in zip(ways, COLOURS, strict=False):
+            runs = [figures("bidirectional", f"ml-1m-{how}-{seed}") for seed in range(3)]
+            axis.plot(
+                np.mean([json.loads(run[kind]["validation"]) for run in runs], 0), color=colour, label=how
+            )
+        axis.set(title=kind, xlabel="epoch")
+    axes[0].set_ylabel("validation NDCG@10")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    return figure
+
+
+def draw_scale(plt):
+    """Seconds and peak memory over interactions, with 100,000 items, and over items, with 5 million."""
+    rows = [row for row in figures("scale", "table") if row["what"] in ("sasrec_teacher", "evaluate")]
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.5), layout="constrained")
+    for n, (key, fixed, value) in enumerate(
+        (("interactions", "items", 10**5), ("items", "interactions", 5 * 10**6))
+    ):
+        for what, colour, marker in (("sasrec_teacher", "#0072B2", "o"), ("evaluate", "#E69F00", "v")):
+            some = sorted(
+                (row[key], row["seconds"], row["MiB"])
+                for row in rows
+                if row["what"] == what and row[fixed] == value
+            )
+            x, seconds, memory = zip(*some, strict=True)
+            axes[2 * n].plot(x, seconds, marker=marker, color=colour, label=what)
+            axes[2 * n + 1].plot(x, memory, marker=marker, color=colour, label=what)
+        for axis, name in zip(axes[2 * n : 2 * n + 2], ("seconds", "peak MiB"), strict=True):
+            axis.set(title=name, xlabel=key, xscale="log", yscale="log")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+PICTURES = {"scenes": draw_scenes, "cells": draw_cells, "search": draw_search, "flow": draw_flow}
+PICTURES |= {"bidirectional": draw_bidirectional, "scale": draw_scale}
 
 
 def main():
@@ -406,8 +528,11 @@ def main():
     for name, draw in PICTURES.items():
         path = RUNS.parent / "pictures" / f"{name}.svg"
         path.parent.mkdir(exist_ok=True)
-        draw(plt).savefig(path, metadata={"Date": None})
-        print(path.relative_to(ROOT))
+        try:
+            draw(plt).savefig(path, metadata={"Date": None})
+            print(path.relative_to(ROOT))
+        except KeyError:
+            print(f"{path.relative_to(ROOT)}: {MISSING}")
 
 
 if __name__ == "__main__":

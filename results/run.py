@@ -241,7 +241,8 @@ def bidirectional():
                 how = f"--loss bce --dim {dim} {options} {same}"
                 yield f"{scene}-{kind}-{seed}", [f"sasrec_teacher.py {data} {how}"]
             pair = f"--teacher {runs}-teacher-{seed}.pt2 --student {runs}-student-{seed}.pt2 {same}"
-            for name, how in SEQUENCES.items():
+            few = ("alone", "paper", "top", "top-gentle")
+            for name, how in SEQUENCES.items() if scene == "ml-1m" else [(n, SEQUENCES[n]) for n in few]:
                 how += " --epochs 10 --samples 8 --batch-size 128"
                 yield f"{scene}-{name}-{seed}", [f"bidirectional_distill.py {data} {pair} {how}"]
 
@@ -323,9 +324,7 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2"
 
 
 def speed():
-    """The teacher beside github.com/pmixer/SASRec.pytorch, whose folder python/ has to be runs/peer; the loss
-    over all items and the supernet beside what is usual; each with its patch or its peer as the other side.
-    """
+    """The teacher beside pmixer/SASRec.pytorch; the loss over all items, and the supernet, as is usual."""
     for scene, length in (("games", 50), ("ml-1m", 200)):
         teacher = f"sasrec_teacher.py data/{scene}.txt --max-length {length}"
         yield f"peer-{scene}", [f"{teacher} {LIKE_PEER}", f"{PEER} --dataset={scene} --maxlen={length}"]
@@ -354,6 +353,9 @@ TIMED = {"speed": speed, "processes": processes}
 CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "planted": planted}
 CLAIMS |= {"bidirectional": bidirectional, "published": published, **TIMED}
 
+NUMBERS = {"1": ["teacher"], **dict.fromkeys("235", ["adarec"]), "4": ["adarec", "planted"], "6": ["cost"]}
+NUMBERS |= {"7": ["bidirectional"], "8": ["speed"], "9": ["processes"], "10": ["published"]}
+
 # ---- One run ---------------------------------------------------------------------------------------------
 
 
@@ -372,11 +374,15 @@ def seconds_of_epoch(command, out):
     """Run `command` with --out `out`; the seconds of its last epoch."""
     if not command.startswith("-u main.py"):
         subprocess.run(words(f"{command} --out {out}", sys.executable), cwd=ROOT, check=True, stdout=2)
-        return json.loads((ROOT / f"{out}.log.jsonl").read_text().splitlines()[-1])["seconds"]
+        return log_of(out)[-1]["seconds"]
+    if not (ROOT / "runs/SASRec.pytorch").exists():
+        clone = "git clone -q https://github.com/pmixer/SASRec.pytorch runs/SASRec.pytorch"
+        subprocess.run(shlex.split(clone), cwd=ROOT, check=True)
+    peer = ROOT / "runs/SASRec.pytorch/python"
     ended, data = {}, re.search(r"dataset=(\S+)", command)[1]  # the peer tells when a step ends
-    shutil.copy(ROOT / f"data/{data}.txt", ROOT / f"runs/peer/data/{data}.txt")
+    shutil.copy(ROOT / f"data/{data}.txt", peer / f"data/{data}.txt")
     split = words(command, sys.executable)
-    with subprocess.Popen(split, stdout=subprocess.PIPE, text=True, cwd=ROOT / "runs/peer") as process:
+    with subprocess.Popen(split, stdout=subprocess.PIPE, text=True, cwd=peer) as process:
         for line in process.stdout:
             if step := re.match(r"loss in epoch (\d+) iteration", line):
                 ended[int(step[1])] = time.perf_counter()
@@ -394,7 +400,7 @@ def seconds_of_checkpoint(command):
 
 def timed(claim, name, commands):
     """Run the two sides of `commands` in turn, three times; write seconds of an epoch, and their ratio."""
-    found = {"commands": commands, "commit": commit(), "machine": machine(), "torch_threads": threads()}
+    found, tick = {"commands": commands, "commit": commit(), "machine": machine()}, time.time()
     for folder in (RUNS / claim, ROOT / "runs" / claim):
         folder.mkdir(parents=True, exist_ok=True)
     for patch in commands[1:-1]:
@@ -407,6 +413,7 @@ def timed(claim, name, commands):
     found["ratio"] = other / ours
     if claim == "processes":
         found["checkpoint_seconds"] = seconds_of_checkpoint(f"{commands[0]} --out {outs[0]}")
+    found |= {"seconds": round(time.time() - tick), "torch_threads": threads()}
     (RUNS / claim / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{name}: {ours:.2f} s, {other:.2f} s", flush=True)
 
@@ -443,34 +450,43 @@ def make(claim, name, commands, data):
         if status:
             sys.exit(f"{name}: {command} failed")
     found |= {"seconds": round(time.time() - tick), "peak_MiB": peak // 1024, "torch_threads": threads()}
-    found["machine"] = machine()
-    if "evaluate.py" in commands[-1]:
-        report = json.loads((ROOT / f"runs/{claim}/{name}.out").read_text())[0]
-        found |= {key: report[key] for key in ("HR@10", "NDCG@10")}
-    elif out.endswith(".json"):
-        architecture = json.loads((ROOT / out).read_text())
-        found["edges"] = ";".join(",".join(row) for row in architecture["edges"])
-        printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
-        found["cost"] = float(printed.split("cost ")[-1].split(",")[0])
-    elif "bidirectional_distill.py" in commands[-1]:
-        found |= both_models(out.removesuffix(".pt2"), data)
-    else:
-        log = [json.loads(line) for line in (ROOT / f"{out}.log.jsonl").read_text().splitlines()]
-        found["valid"] = max(line["NDCG@10"] for line in log)
-        start = ROOT / out.replace(".pt2", "-start.json")
-        if start.exists():
-            found["edges"] = ";".join(",".join(row) for row in json.loads(start.read_text())["edges"])
-        report = evaluated(data, out, [10])
-        found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
-        if claim == "teacher" and "games" in data:
-            report = evaluated(data, out, [10], "--protocol", "uniform")
-            found |= {f"sampled {key}": report[key] for key in ("HR@10", "NDCG@10")}
+    found |= {"machine": machine()} | figures_of(claim, name, commands[-1], out, data)
     path = RUNS / claim / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(
         f"{name}: {found['seconds'] / 60:.1f} min", found.get("edges") or found.get("NDCG@10", ""), flush=True
     )
+
+
+def figures_of(claim, name, command, out, data):
+    """What `command` has printed, logged and written to `out`, and what evaluate.py finds of it."""
+    printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
+    if "evaluate.py" in command:
+        report = json.loads(printed)[0]
+        return {key: report[key] for key in ("HR@10", "NDCG@10")}
+    if "bidirectional_distill.py" in command:
+        return both_models(out.removesuffix(".pt2"), data)
+    log, found = log_of(out), {}
+    for key in ("alpha", "flow"):  # of each epoch, in one line
+        if key in log[-1]:
+            found[key] = json.dumps([np.round(line[key], 3).tolist() for line in log if key in line])
+    built = ROOT / (out if out.endswith(".json") else out.replace(".pt2", "-start.json"))
+    if built.exists():
+        found["edges"] = ";".join(",".join(row) for row in json.loads(built.read_text())["edges"])
+    if out.endswith(".json"):
+        return found | {"cost": float(printed.split("cost ")[-1].split(",")[0])}
+    report = evaluated(data, out, [10])
+    found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
+    if claim == "teacher" and "games" in data:
+        report = evaluated(data, out, [10], "--protocol", "uniform")
+        found |= {f"sampled {key}": report[key] for key in ("HR@10", "NDCG@10")}
+    return found | {"valid": max(line["NDCG@10"] for line in log)}
+
+
+def log_of(out):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (ROOT / f"{out}.log.jsonl").read_text().splitlines()]
 
 
 def evaluated(data, model, at, *more):
@@ -506,7 +522,7 @@ def as_published(hits, cuts):
 
 def both_models(stem, data):
     """Test figures of teacher and student at 10, 50, 100 and 200, and as the notebooks count them."""
-    log = [json.loads(line) for line in (ROOT / f"{stem}.log.jsonl").read_text().splitlines()]
+    log = log_of(stem)
     better = [line["student_better"] for line in log if "student_better" in line]
     found, cuts = {"student_better": better}, (50, 100, 200)
     for kind in ("teacher", "student"):
@@ -514,6 +530,7 @@ def both_models(stem, data):
         found[kind] = {f"{name}@{k}": report[f"{name}@{k}"] for name in ("HR", "NDCG") for k in (10, *cuts)}
         validated = [line[f"{kind}_NDCG@10"] for line in log if f"{kind}_NDCG@10" in line]
         found[kind]["valid"], found[kind]["valid last"] = max(validated), validated[-1]
+        found[kind]["validation"] = json.dumps(np.round(validated, 5).tolist())
         found[kind]["ranks"] = report["ranks"]
         found[kind] |= as_published([report[f"HR@{k}"] for k in range(1, max(cuts) + 1)], cuts)
     return found
@@ -524,18 +541,33 @@ def threads():
     return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
 
 
+def expected(claim, name):
+    """Seconds that a run took when its JSON was last committed; None if it never was."""
+    show = ["git", "show", f"HEAD:results/runs/{claim}/{name}.json"]
+    shown = subprocess.run(show, cwd=ROOT, capture_output=True, text=True).stdout
+    return json.loads(shown).get("seconds") if shown else None
+
+
 def main(argv=None):
     """Read the command line, make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("claims", nargs="+", choices=CLAIMS)
+    parser.add_argument("claims", nargs="+", choices=[*CLAIMS, *NUMBERS], help="or sections of README.md")
     parser.add_argument("--only", default="*", help="names of runs, as 'games-*'")
     parser.add_argument("--list", action="store_true", help="show what is missing, run nothing")
     parser.add_argument("--again", action="store_true", help="also runs whose JSON is there")
     args = parser.parse_args(argv)
-    for claim in args.claims:
+    claims = [claim for given in args.claims for claim in NUMBERS.get(given, [given])]
+
+    def missing(claim):  # anew each time: later commands may depend on what earlier runs found
         for name, commands in CLAIMS[claim]():
-            if not fnmatch.fnmatch(name, args.only) or (figures(claim, name) and not args.again):
-                continue
+            if fnmatch.fnmatch(name, args.only) and (args.again or not figures(claim, name)):
+                yield name, commands
+
+    times = [expected(claim, name) for claim in claims for name, _ in missing(claim)]
+    hours = sum(filter(None, times)) / 3600
+    print(f"{len(times)} runs, {hours:.1f} hours and what {times.count(None)} of them take", file=sys.stderr)
+    for claim in claims:
+        for name, commands in missing(claim):
             if args.list:
                 print(f"{claim}/{name}", *commands, sep="\n    ")
             elif claim in TIMED:

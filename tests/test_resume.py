@@ -106,7 +106,10 @@ def test_stopped_anywhere_and_resumed_is_the_run_that_was_not_stopped(script, ca
         assert not list((tmp_path / name).glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("script", COMMANDS)
+# the checks are copies of each other (test_copies.py): two scripts, and both ways of one
+@pytest.mark.parametrize(
+    "script", ["sasrec_teacher", *(name for name in COMMANDS if "bidirectional" in name)]
+)
 def test_what_cannot_be_resumed_is_told_and_nothing_touched(
     script, call, tmp_path, folder, monkeypatch, recwarn
 ):

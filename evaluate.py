@@ -77,15 +77,16 @@ def draw_candidates(weight, taken, count, generator):
     return drawn
 
 
-def rank_all(model, max_length, data, evaluated, end, args):
+def rank_all(model, max_length, data, inputs, evaluated, end, args):
     """Rank of every evaluated user's target, `items[end]`, after the history before it: float64 [users].
 
-    `data` is what `read_interactions` gives, `evaluated` [users] which users, `end` [users] where their
-    histories end. With --protocol uniform or popularity, among the target and --negatives drawn items, which
-    are the same for every model.
+    `data` is what `read_interactions` gives, and `inputs` what the model reads: the same, or histories that
+    begin otherwise; `evaluated` [users] which users, `end` [users] where their histories end. With --protocol
+    uniform or popularity, among the target and --negatives drawn items, which are the same for every model.
     """
     user_ids, starts, items = data
     begin, ranks = starts[evaluated], np.empty(len(end))
+    first, after = inputs[1][evaluated], inputs[1][evaluated + 1] - (starts[evaluated + 1] - end)
     generator, counts = torch.Generator().manual_seed(args.seed), np.bincount(items)
     weight = torch.from_numpy(counts if args.protocol == "popularity" else np.ones(len(counts))).float()
     order = np.argsort(end - begin, kind="stable")
@@ -93,7 +94,8 @@ def rank_all(model, max_length, data, evaluated, end, args):
     for chosen in (order[k : k + size] for k in range(0, len(order), size)):
         b, e = begin[chosen], end[chosen]
         users = torch.from_numpy(user_ids[evaluated[chosen]]).to(args.device)
-        scores = score(model, users, pad_batch(items, np.maximum(b, e - max_length), e).to(args.device))
+        window = np.maximum(first[chosen], after[chosen] - max_length), after[chosen]
+        scores = score(model, users, pad_batch(inputs[2], *window).to(args.device))
         target, seen = torch.from_numpy(items[e]).to(args.device), pad_batch(items, b, e).to(args.device)
         if args.protocol != "full":
             taken = torch.cat([seen, target[:, None]], 1).cpu()
@@ -176,12 +178,16 @@ def evaluate(args):
         drawn = np.random.default_rng(args.seed).choice(len(evaluated), args.users, replace=False)
         evaluated = evaluated[np.sort(drawn)]
     end = train_end[evaluated] + (args.split == "test")
+    inputs = read_interactions(args.inputs) if args.inputs else data
+    same = np.array_equal(inputs[0], user_ids) and inputs[2].max() == last_ids[1]
+    if not same or (np.diff(inputs[1]) < np.diff(starts)).any():
+        sys.exit(f"{args.inputs}: not the histories of {args.data}, or shorter")
     reports, ranks = [], []
     for path, (program, config) in [(path, load_model(path, *last_ids)) for path in args.models]:
         if config.get("data_sha256", sha256_of(args.data)) != sha256_of(args.data):
             print(f"note: {path} was trained on other data than {args.data}", file=sys.stderr)
         model, max_length = module_of(program, args.device), config["max_length"]
-        ranks.append(rank := rank_all(model, max_length, data, evaluated, end, args))
+        ranks.append(rank := rank_all(model, max_length, data, inputs, evaluated, end, args))
         report = {"model": str(path), "stage": config.get("stage"), "users": len(rank), "split": args.split}
         for k in args.at:
             for name, values in zip(("HR", "NDCG", "MRR"), metrics(rank, k), strict=True):
@@ -363,6 +369,7 @@ def main(argv=None):
     add("--protocol", choices=["full", "uniform", "popularity"], default="full", help="among which items")
     add("--negatives", type=int, default=100, help="items drawn a user by --protocol uniform or popularity")
     add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
+    add("--inputs", help="histories for the models to read, that begin otherwise (related/asrep.py)")
     add("--seed", type=int, default=0, help="of drawn negatives and users, and of the bootstrap")
     add("--users", type=int, help="judge so many, drawn ones, where there are more")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")

@@ -482,6 +482,8 @@ def draw_bidirectional(plt):
 def draw_scale(plt):
     """Seconds and peak memory over interactions, with 100,000 items, and over items, with 5 million."""
     rows = [row for row in figures("scale", "table") if row["what"] in ("sasrec_teacher", "evaluate")]
+    if not rows:
+        raise KeyError
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.5), layout="constrained")
     for n, (key, fixed, value) in enumerate(
         (("interactions", "items", 10**5), ("items", "interactions", 5 * 10**6))

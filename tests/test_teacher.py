@@ -320,7 +320,7 @@ def test_validation_is_that_of_evaluate(write_data, sasrec):
     of_user_too = lambda module, args, out: (out[0], out[1] + module.P[args[0] % 12][:, None], out[2])  # noqa: E731
     sasrec.register_forward_hook(of_user_too)
     args = SimpleNamespace(protocol="full", keep_seen=False, seed=0, device="cpu")
-    rank = evaluate.rank_all(sasrec, 12, data, judged, starts[judged + 1] - 2, args)
+    rank = evaluate.rank_all(sasrec, 12, data, data, judged, starts[judged + 1] - 2, args)
     hr, ndcg, _ = evaluate.metrics(rank, 10)
     found = teacher.validate(sasrec, user_ids, starts, items, judged, 12, "cpu")
     assert found == pytest.approx((hr.mean(), ndcg.mean()), abs=1e-9)

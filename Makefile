@@ -1,5 +1,6 @@
 # make demo    from nothing through all four stages to tables of their models, in runs/
 # make test    the checks
+# make related the five neighbours of related/, each on ml-100k, and one table of them, in runs/
 # make results the tables and pictures of README.md and results/, from the JSON files of results/runs
 # make results-from-nothing CLAIM=8    the runs of a section of results/README.md that are missing, and then these
 # make lint    ruff, as CI runs it
@@ -14,7 +15,7 @@ SAME := --epochs 30 --patience 30 --final-rate 0
 
 CLAIM ?= 1 2 4 6 7 8 9 10
 
-.PHONY: demo test test-one test-other lint results results-from-nothing
+.PHONY: demo related test test-one test-other lint results results-from-nothing
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DATA)
@@ -30,6 +31,25 @@ demo: .venv/ready $(DATA)
 	$(VENV) bidirectional_distill.py $(DATA) --teacher runs/large.pt2 --student runs/small.pt2 --out runs/bd
 	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 --recommend 1
 	$(VENV) evaluate.py $(DATA) runs/large.pt2 runs/small.pt2 runs/bd-teacher.pt2 runs/bd-student.pt2
+
+# teacher of 4 blocks, students of 2 blocks of 32; asrep.py and dt4sr.py make what emd_distill.py trains
+related: .venv/ready $(DATA)
+	$(VENV) sasrec_teacher.py $(DATA) --blocks 4 --epochs 30 --out runs/four.pt2
+	$(VENV) sasrec_teacher.py $(DATA) --dim 32 --epochs 0 --out runs/two.pt2
+	$(VENV) emd_distill.py $(DATA) --student runs/two.pt2 $(SAME) --out runs/two-alone.pt2
+	$(VENV) related/dfa_distill.py $(DATA) --teacher runs/four.pt2 --student runs/two.pt2 --out runs/dfa.pt2
+	$(VENV) related/statistics_distill.py $(DATA) --teacher runs/four.pt2 --student runs/two.pt2 --out runs/statistics.pt2
+	$(VENV) related/dt4sr.py $(DATA) --dim 32 --out runs/gaussians.pt2
+	$(VENV) emd_distill.py $(DATA) --student runs/gaussians.pt2 $(SAME) --out runs/dt4sr.pt2
+	$(VENV) related/asrep.py $(DATA) --out runs/reversed.txt
+	$(VENV) sasrec_teacher.py runs/reversed.txt --dim 32 --epochs 30 --out runs/backward.pt2
+	$(VENV) related/asrep.py $(DATA) --backward runs/backward.pt2 --out runs/asrep.txt
+	$(VENV) emd_distill.py runs/asrep.txt --student runs/asrep.pt2 $(SAME) --out runs/forward.pt2
+	$(VENV) related/domain_distill.py $(DATA) --split --out runs/scene
+	$(VENV) sasrec_teacher.py runs/scene-source.txt --epochs 30 --out runs/source.pt2
+	$(VENV) sasrec_teacher.py runs/scene-target.txt --dim 32 --epochs 0 --out runs/target.pt2
+	$(VENV) related/domain_distill.py runs/scene-target.txt --source runs/scene-source.txt --teacher runs/source.pt2 --student runs/target.pt2 --out runs/domain.pt2
+	$(VENV) evaluate.py $(DATA) runs/two-alone.pt2 runs/dfa.pt2 runs/statistics.pt2 runs/dt4sr.pt2 runs/forward.pt2 runs/domain.pt2
 
 # in two processes of one thread each
 test: .venv/ready

@@ -341,11 +341,11 @@ def processes():
     data, T = "data/ml-1m.txt", "runs/processes/sasrec_teacher-0.pt2"
     for script, options in {
         "sasrec_teacher": "--max-length 200",
-        "adarec_search": f"--teacher {T} --cells 1 --nodes 2 --batch-size 64 --alpha-warm-up 1",
+        "adarec_search": f"--teacher {T} --cells 1 --nodes 2 --batch-size 64 --alpha-warm-up 0",
         "emd_distill": f"--student {T} --teacher {T} --batch-size 64",
         "bidirectional_distill": f"--teacher {T} --student {T} --batch-size 128",
     }.items():
-        command = f"{script}.py {data} {options} --epochs 2"
+        command = f"{script}.py {data} {options} --epochs 1"
         yield script, [command, f"{TORCHRUN} {command}"]
 
 

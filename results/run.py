@@ -250,17 +250,15 @@ def bidirectional():
 # ---- The teacher, beside published figures; and what the cost loss is worth ------------------------------
 
 LARGE = "--max-length 200 --blocks 8 --dim 128 --heads 2 --batch-size 32 --epochs 16"
+WIDE = "--loss bce --dropout 0.6 --dim 128 --heads 2 --final-rate 0"
 TEACHERS = {
     "ml-1m": f"{LARGE} --patience 16",
     "ml-1m-falling": f"{LARGE} {FALLING}",
     "beauty": "--dropout 0.3 --patience 4 --epochs 40",
     "beauty-falling": "--dropout 0.4 --epochs 16 --patience 16 --final-rate 0",
     "games-64": "--loss bce --negatives 64 --dropout 0.6 --learning-rate 2e-3 --epochs 60 --final-rate 0",
-    "games-16-wide": "--loss bce --negatives 16 --dropout 0.6 --dim 128 --heads 2 --epochs 60 --final-rate 0",
-    "games-4-wide": "--loss bce --negatives 4 --dropout 0.6 --dim 128 --heads 2 --epochs 60 --final-rate 0",
-    "games-64-wide": "--loss bce --negatives 64 --dropout 0.7 --dim 128 --heads 2 --epochs 60 --final-rate 0",
-    "games-4": "--loss bce --negatives 4 --dropout 0.5 --learning-rate 2e-3 --epochs 60 --final-rate 0",
-    "games-sampled": "--loss sampled --dropout 0.6 --epochs 40 --final-rate 0",
+    "games-16-wide": f"{WIDE} --negatives 16 --epochs 60",
+    "games-32-wide": f"{WIDE} --negatives 32 --epochs 80 --patience 80",
 }
 BETAS = "0", "0.03", "0.1", "0.3", "1", "3"
 

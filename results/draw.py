@@ -191,7 +191,7 @@ def transfer():
 def demo():
     """The demo with other seeds."""
     rows = [
-        [name, spread(values(f"demo-{name}-{s}" for s in range(3)))]
+        [name, spread(values((f"{name}-{s}" for s in range(3)), claim="demo"))]
         for name in ("teacher", "student", "alone")
     ]
     return table(["ml-100k", "NDCG@10"], rows)
@@ -215,7 +215,7 @@ def p_value(runs, alone, kind, k):
     if not pairs or runs is alone or not all("ranks" in one for one in itertools.chain(*pairs)):
         return ""
     gap = np.mean([gains(one["ranks"], k) - gains(other["ranks"], k) for one, other in pairs], 0)
-    return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}"
+    return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if gap.any() else "1"
 
 
 def bidirectional(base, k, ways):
@@ -340,7 +340,7 @@ def scale():
 
 def deviations():
     """Test NDCG@10 of the demo's student with each deviation of the published code put back."""
-    rows = [["as here", spread(values(f"demo-student-{seed}" for seed in range(3)))]]
+    rows = [["as here", spread(values((f"student-{seed}" for seed in range(3)), claim="demo"))]]
     for name, what in DEVIATIONS.items():
         rows.append(
             [f"{what} (`{name}`)", spread(values((f"{name}-{s}" for s in range(3)), claim="published"))]
@@ -438,7 +438,7 @@ def draw_cells(plt):
 
 def draw_search(plt):
     """softmax(alpha) of each edge, and the temperature, over the epochs of the demo's search."""
-    alpha = np.array(json.loads(figures("adarec", "demo-search-0")["alpha"]))  # [epochs, E, |O|]
+    alpha = np.array(json.loads(figures("demo", "search-0")["alpha"]))  # [epochs, E, |O|]
     p = np.exp(alpha) / np.exp(alpha).sum(-1, keepdims=True)
     figure, axes = plt.subplots(1, p.shape[1], figsize=(9, 2.6), layout="constrained", sharey=True)
     for axis, edge, name in zip(axes, p.swapaxes(0, 1), ("0 to 1", "0 to 2", "1 to 2"), strict=True):
@@ -454,7 +454,7 @@ def draw_search(plt):
 
 def draw_flow(plt):
     """How much of the flow goes between which layers, over the epochs of the demo's student."""
-    flow = np.array(json.loads(figures("adarec", "demo-student-0")["flow"]))  # [epochs, L_S, L_T]
+    flow = np.array(json.loads(figures("demo", "student-0")["flow"]))  # [epochs, L_S, L_T]
     figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
     image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
     pairs = [f"{i} of the student, {j}" for i, j in np.ndindex(flow.shape[1:])]

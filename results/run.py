@@ -107,34 +107,25 @@ def adarec():
             tried = architecture(f"{runs}-search-{name}.json", edges_of(scene, name))
             yield student(scene, f"search-{name}-alone", tried, 0, options["short"])
         found = architecture(f"{runs}-search.json", edges_of(scene))
-        if scene == "ml-1m":  # trained longer, twice; as wide as the teacher; one that sees the whole history
-            wide = architecture(f"{runs}-wide.json", edges_of("games"), dim=128)
-            for seed in range(3):
-                for name, path in (("long", found), ("wide", wide)):
-                    yield student(scene, name, path, seed, f"{options['long']} {taught}")
-                    again = f"--student {runs}-{name}-{seed}.pt2 {options['longer']} --seed {seed}"
-                    again = f"emd_distill.py {data} {again} {taught} {FALLING}"
-                    yield f"{scene}-{name.rstrip('e')}er-{seed}", [again]
-            far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
-            yield student(scene, "far", far, 0, f"{options['train']} {taught}")
-            yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 how = options["train"] + ("" if name == "none" else f" {taught} {mapping}")
                 if scene != "beauty" or name in ("emd", "none"):
                     yield student(scene, name, found, seed, how)
-    for seed in range(3):  # that of `make demo`, with other seeds
-        data, runs, same = "data/ml-100k.txt", "runs/adarec/demo", f"--seed {seed}"
-        yield f"demo-teacher-{seed}", [f"sasrec_teacher.py {data} {same}"]
-        taught = f"--teacher {runs}-teacher-{seed}.pt2 --remember"
-        search = f"{taught} --cells 1 --nodes 2 --dim 32 {same}"
-        yield f"demo-search-{seed}", [f"adarec_search.py {data} {search}"]
-        start = f"{runs}-start-{seed}"
-        source = f"--architecture {runs}-search-{seed}.json {same} --out {start}.json"
-        for name, teacher in (("student", taught), ("alone", "")):
-            train = f"--student {start}.pt2 {teacher} --epochs 30 {FALLING} {same}"
-            build = f"adarec_search.py {data} {source}"
-            yield f"demo-{name}-{seed}", [build, f"emd_distill.py {data} {train}"]
+    # ml-1m trained longer, twice; with games' cells as wide as the teacher; one that sees the whole history
+    scene, options = "ml-1m", SCENES["ml-1m"]
+    data, runs = f"data/{scene}.txt", f"runs/adarec/{scene}"
+    taught, found = f"--teacher {runs}-teacher.pt2 --remember", f"{runs}-search.json"
+    wide = architecture(f"{runs}-wide.json", edges_of("games"), dim=128)
+    for seed in range(3):
+        for name, path in (("long", found), ("wide", wide)):
+            yield student(scene, name, path, seed, f"{options['long']} {taught}")
+            again = f"--student {runs}-{name}-{seed}.pt2 {options['longer']} --seed {seed}"
+            again = f"emd_distill.py {data} {again} {taught} {FALLING}"
+            yield f"{scene}-{name.rstrip('e')}er-{seed}", [again]
+    far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
+    yield student(scene, "far", far, 0, f"{options['train']} {taught}")
+    yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")
     for seed in range(2):  # without a teacher: what was searched against chance, and against other scenes
         for scene, options in SCENES.items():
             data, runs, short = f"data/{scene}.txt", f"runs/adarec/{scene}", options["short"]
@@ -150,6 +141,21 @@ def adarec():
                 moved = architecture(f"{runs}-from-{other}.json", edges_of(other))
                 if other != scene:
                     yield student(scene, f"from-{other}", moved, seed, short)
+
+
+def demo():
+    """That of `make demo`, with three seeds."""
+    for seed in range(3):
+        data, runs, same = "data/ml-100k.txt", "runs/demo/", f"--seed {seed}"
+        yield f"teacher-{seed}", [f"sasrec_teacher.py {data} {same}"]
+        taught = f"--teacher {runs}teacher-{seed}.pt2 --remember"
+        yield f"search-{seed}", [f"adarec_search.py {data} {taught} --cells 1 --nodes 2 --dim 32 {same}"]
+        start = f"{runs}start-{seed}"
+        source = f"--architecture {runs}search-{seed}.json {same} --out {start}.json"
+        for name, teacher in (("student", taught), ("alone", "")):
+            train = f"--student {start}.pt2 {teacher} --epochs 30 {FALLING} {same}"
+            build = f"adarec_search.py {data} {source}"
+            yield f"{name}-{seed}", [build, f"emd_distill.py {data} {train}"]
 
 
 def planted():
@@ -258,6 +264,7 @@ TEACHERS = {
     "beauty-falling": "--dropout 0.4 --epochs 16 --patience 16 --final-rate 0",
     "games-64": "--loss bce --negatives 64 --dropout 0.6 --learning-rate 2e-3 --epochs 60 --final-rate 0",
     "games-16-wide": f"{WIDE} --negatives 16 --epochs 60",
+    "games-4-wide": f"{WIDE} --negatives 4 --epochs 60",
     "games-32-wide": f"{WIDE} --negatives 32 --epochs 80 --patience 80",
 }
 BETAS = "0", "0.03", "0.1", "0.3", "1", "3"
@@ -296,7 +303,7 @@ def published():
     data = "data/ml-100k.txt"
     for seed in range(3):
         runs, same = "runs/published", f"--seed {seed}"
-        taught = f"--teacher runs/adarec/demo-teacher-{seed}.pt2 --remember"
+        taught = f"--teacher runs/demo/teacher-{seed}.pt2 --remember"
         shape, train = f"{taught} --cells 1 --nodes 2 --dim 32 {same}", f"--epochs 30 {FALLING} {same}"
         for name, options in {"leak": "", "cost": "--beta 8", "rate": "--alpha-learning-rate 2e-5"}.items():
             patch, script = [], "adarec_search.py"
@@ -308,10 +315,10 @@ def published():
             learn = f"emd_distill.py {data} --student {out}-start.pt2 {taught} {train}"
             yield f"{name}-{seed}", [*patch, search, build, learn]
         patch, script = patched("kl", "emd_distill.py")
-        student = f"--student runs/adarec/demo-start-{seed}.pt2"
+        student = f"--student runs/demo/start-{seed}.pt2"
         yield f"kl-{seed}", [*patch, f"{script} {data} {student} {taught} {train}"]
         patch, script = patched("history", "evaluate.py")
-        yield f"history-{seed}", [*patch, f"{script} {data} runs/adarec/demo-student-{seed}.pt2 --json"]
+        yield f"history-{seed}", [*patch, f"{script} {data} runs/demo/student-{seed}.pt2 --json"]
 
 
 # ---- Speed: both sides in turn, seconds of an epoch by their logs ----------------------------------------
@@ -348,11 +355,17 @@ def processes():
 
 
 TIMED = {"speed": speed, "processes": processes}
-CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "planted": planted}
+CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "demo": demo, "planted": planted}
 CLAIMS |= {"bidirectional": bidirectional, "published": published, **TIMED}
 
-NUMBERS = {"1": ["teacher"], **dict.fromkeys("235", ["adarec"]), "4": ["adarec", "planted"], "6": ["cost"]}
-NUMBERS |= {"7": ["bidirectional"], "8": ["speed"], "9": ["processes"], "10": ["published"]}
+NUMBERS = {
+    "1": ["teacher"],
+    "2": ["adarec", "demo"],
+    **dict.fromkeys("35", ["adarec"]),
+    "4": ["adarec", "planted"],
+    "6": ["cost"],
+}
+NUMBERS |= {"7": ["bidirectional"], "8": ["speed"], "9": ["processes"], "10": ["demo", "published"]}
 
 # ---- One run ---------------------------------------------------------------------------------------------
 
@@ -371,11 +384,12 @@ def words(command, python):
 def seconds_of_epoch(command, out):
     """Run `command` with --out `out`; the seconds of its last epoch."""
     if not command.startswith("-u main.py"):
+        (ROOT / f"{out}.ckpt").unlink(missing_ok=True)  # of a run that was interrupted
         subprocess.run(words(f"{command} --out {out}", sys.executable), cwd=ROOT, check=True, stdout=2)
         return log_of(out)[-1]["seconds"]
     if not (ROOT / "runs/SASRec.pytorch").exists():
         clone = "git clone -q https://github.com/pmixer/SASRec.pytorch runs/SASRec.pytorch"
-        subprocess.run(shlex.split(clone), cwd=ROOT, check=True)
+        subprocess.run(shlex.split(clone), cwd=ROOT, check=True)  # as it was in November 2026
     peer = ROOT / "runs/SASRec.pytorch/python"
     ended, data = {}, re.search(r"dataset=(\S+)", command)[1]  # the peer tells when a step ends
     shutil.copy(ROOT / f"data/{data}.txt", peer / f"data/{data}.txt")
@@ -399,6 +413,7 @@ def seconds_of_checkpoint(command):
 def timed(claim, name, commands):
     """Run the two sides of `commands` in turn, three times; write seconds of an epoch, and their ratio."""
     found, tick = {"commands": commands, "commit": commit(), "machine": machine()}, time.time()
+    os.environ["OMP_NUM_THREADS"] = "1"
     for folder in (RUNS / claim, ROOT / "runs" / claim):
         folder.mkdir(parents=True, exist_ok=True)
     for patch in commands[1:-1]:
@@ -410,7 +425,8 @@ def timed(claim, name, commands):
     ours, other = np.median(found["seconds_of_epoch"], 0)
     found["ratio"] = other / ours
     if claim == "processes":
-        found["checkpoint_seconds"] = seconds_of_checkpoint(f"{commands[0]} --out {outs[0]}")
+        two_epochs = commands[0].replace("--epochs 1", "--epochs 2")  # the last one leaves none
+        found["checkpoint_seconds"] = seconds_of_checkpoint(f"{two_epochs} --out {outs[0]}")
     found |= {"seconds": round(time.time() - tick), "torch_threads": threads()}
     (RUNS / claim / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{name}: {ours:.2f} s, {other:.2f} s", flush=True)
@@ -440,7 +456,9 @@ def make(claim, name, commands, data):
     (ROOT / model).parent.mkdir(parents=True, exist_ok=True)
     for command in commands:
         if (ROOT / f"{stem}.ckpt").exists() and command == commands[-1]:
-            command += " --resume"
+            command += " --resume"  # its seconds are then those of what was left
+        for stopped in re.findall(r"--out (\S+)", " ".join(commands[:-1])):
+            (ROOT / f"{stopped}.ckpt").unlink(missing_ok=True)
         with open(ROOT / f"runs/{claim}/{name}.out", "w") as printed:
             process = subprocess.Popen(words(command, sys.executable), cwd=ROOT, stdout=printed)
             _, status, usage = os.wait4(process.pid, 0)
@@ -554,7 +572,7 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="show what is missing, run nothing")
     parser.add_argument("--again", action="store_true", help="also runs whose JSON is there")
     args = parser.parse_args(argv)
-    claims = [claim for given in args.claims for claim in NUMBERS.get(given, [given])]
+    claims = list(dict.fromkeys(claim for given in args.claims for claim in NUMBERS.get(given, [given])))
 
     def missing(claim):  # anew each time: later commands may depend on what earlier runs found
         for name, commands in CLAIMS[claim]():

@@ -5,7 +5,8 @@ via Reversely Pre-training Transformer", SIGIR 2021, arXiv 2105.00522.
 
 A model that is trained backwards in time says what may have come before. It makes short histories longer, and
 the same weights then learn forwards on these. Training is what sasrec_teacher.py and emd_distill.py do; here
-histories are turned round, and what was generated is put in front.
+histories are turned round, and what was generated is put in front. Of a reversed history, too, the last two
+items, which are the oldest, are held out: as in the published code, which however reverses the whole history.
 
     python related/asrep.py data/beauty.txt --out runs/reversed.txt
     python sasrec_teacher.py runs/reversed.txt --out runs/backward.pt2
@@ -91,6 +92,11 @@ def lengthened(model, data, args, max_length):
     return np.array(rows)
 
 
+def text(rows):
+    """A data file of `rows`, as bytes."""
+    return "".join(f"{user} {item}\n" for user, item in rows).encode()
+
+
 def augment(args):
     """Write reversed histories, or with --backward the lengthened ones and the model to train on them."""
     data = user_ids, starts, items = read_interactions(args.data)
@@ -98,10 +104,15 @@ def augment(args):
         rows = backwards(*data)
     else:
         program, config = load_model(args.backward, int(user_ids.max()) + 1, int(items.max()))
+        known = hashlib.sha256(text(backwards(*data))).hexdigest()
+        if config.get("data_sha256", known) != known:
+            sys.exit(f"{args.backward} was trained on other data than the reversed histories of {args.data}")
         if args.items + args.shorter_than + 2 > items.max():
             sys.exit(f"{args.data} has {items.max()} items: too few for --shorter-than and --items")
-        rows = lengthened(module_of(program, args.device), data, args, config["max_length"])
-    content = "".join(f"{user} {item}\n" for user, item in rows).encode()
+        module = module_of(program, args.device)
+        rows = lengthened(module, data, args, config["max_length"])
+        module.cpu()  # whoever reads the file may have no other device
+    content = text(rows)
     if args.backward:
         made = {"stage": Path(__file__).stem, "data_sha256": hashlib.sha256(content).hexdigest()}
         made |= {"settings": {name: vars(args)[name] for name in ("shorter_than", "items", "whole")}}
@@ -233,11 +244,13 @@ def main(argv=None):
     add("--backward", help="model trained on the reversed histories; none: write these")
     add("--shorter-than", type=int, default=20, help="M: lengthen histories of fewer training items")
     add("--items", type=int, default=17, help="k: pseudo-prior items for each")
-    add("--whole", action="store_true", help="as published: generate from validation and test items, too")
+    add("--whole", action="store_true", help="generate from validation and test items, too, as published")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     if min(args.shorter_than, args.items) < 1 or not args.out.endswith(".txt"):
         parser.error("--shorter-than and --items are counts from 1, and --out ends in .txt")
+    if args.backward and Path(args.out).with_suffix(".pt2") == Path(args.backward):
+        parser.error(f"--out would overwrite {args.backward}")
     try:
         augment(args)
     except OSError as error:

@@ -1,6 +1,4 @@
-"""DFA: which of a group of teacher layers to learn from is searched, and then learned from.
-
-Guan et al., "Differentiable Feature Aggregation Search for Knowledge Distillation", ECCV 2020, 2008.00506.
+"""DFA, "Differentiable Feature Aggregation Search for Knowledge Distillation" (ECCV 2020, arXiv 2008.00506).
 
 The teacher's layers fall into groups, one for each layer of the student. F_g, the feature of a group, is the
 mean of its layers' states with weights softmax(alpha_g). First alpha is searched, on one half of the users,
@@ -12,8 +10,9 @@ teacher (does it say enough?), and F_g through another into the rest of the stud
 
     python related/dfa_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/s.pt2
 
-Reads interactions (data/README.md) and two model files (README.md, "The model file"); writes the student of
-the last epoch. Shapes: B users, T positions, N real ones, d features, V items, item 0 is padding.
+Reads interactions and two model files (README.md), writes the student of the last epoch. Shapes: B users, T
+positions, N real ones, d features, V items, item 0 is padding. In the paper both paths pull at alpha; here
+alpha is in the second, and the first keeps the student's states to what the teacher can use.
 """
 
 import argparse
@@ -45,9 +44,7 @@ def cross_entropy(output, item_vectors, real, target):
 
 
 def bridge_loss(alpha, hidden_T, hidden, connectors, rests, about):
-    """A group's two paths: L_CE of the student's state [B, T, d_S] in the rest of the teacher, and of the
-    teacher's [K, B, T, d_T], aggregated, in that of the student. `connectors`, `rests`: to teacher, student.
-    """
+    """Both paths of a group: hidden [B, T, d_S], hidden_T [K, B, T, d_T]; pairs: to teacher, to student."""
     states = connectors[0](hidden), connectors[1](aggregate(alpha, hidden_T))
     made = (rest(state, *about[:2]) for rest, state in zip(rests, states, strict=True))
     return sum(cross_entropy(*of, *about[2:]) for of in made)
@@ -58,20 +55,21 @@ def search(student, teacher, groups, dims, data, rows, args):
     rng, half = np.random.default_rng(args.seed), len(rows[0]) // 2
     alpha = [torch.zeros(len(group), device=args.device, requires_grad=True) for group in groups]
     rests = [(rest_of(teacher, group[-1]), rest_of(student, g)) for g, group in enumerate(groups, 1)]
-    connectors = nn.ModuleList(nn.Linear(*way) for _ in groups for way in (dims, dims[::-1])).to(args.device)
-    weights = torch.optim.AdamW([*student.parameters(), *connectors.parameters()], args.learning_rate)
-    of_alpha = torch.optim.AdamW(alpha, args.alpha_learning_rate)
-    halves = np.split(rng.permutation(len(rows[0])), [half])
+    links = nn.ModuleList(nn.ModuleList([nn.Linear(*dims), nn.Linear(*dims[::-1])]) for _ in groups)
+    weights = torch.optim.AdamW(
+        [*student.parameters(), *links.to(args.device).parameters()], args.learning_rate
+    )
+    of_alpha = torch.optim.AdamW(alpha, 5e-2)
+    halves, steps = np.split(rng.permutation(len(rows[0])), [half]), -(-half // args.batch_size)
     for epoch in range(1, args.search_epochs + 1):
-        order = [np.array_split(rng.permutation(users), -(-half // args.batch_size)) for users in halves]
+        order = [np.array_split(rng.permutation(users), steps) for users in halves]
         batches = [batch for pair in zip(*order, strict=True) for batch in pair]
-        for optimizer, batch in zip([weights, of_alpha] * len(order[0]), batches, strict=True):
+        for optimizer, batch in zip([weights, of_alpha] * steps, batches, strict=True):
             about = batch_of(data, rows, batch, args.device)
             hidden_T, (hidden, *made) = teacher(*about[:2])[0], student(*about[:2])
             loss = cross_entropy(*made, *about[2:])
             for g, group in enumerate(groups):
-                ways = connectors[2 * g : 2 * g + 2], rests[g]
-                loss = loss + bridge_loss(alpha[g], hidden_T[group], hidden[g + 1], *ways, about)
+                loss = loss + bridge_loss(alpha[g], hidden_T[group], hidden[g + 1], links[g], rests[g], about)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -143,12 +141,11 @@ def rest_of(module, layer):
         sys.exit("a model whose first result is no stack of its layers' states cannot be entered there")
     state = hidden.args[0][layer]
     with graph.inserting_before(next(iter(graph.nodes))):
-        given = graph.placeholder("state")
-    state.replace_all_uses_with(given)
+        state.replace_all_uses_with(graph.placeholder("state"))
     graph.output((output, item_vectors))
-    for guard in [node for node in graph.nodes if node.op == "call_module"]:
-        graph.erase_node(guard)  # of the inputs' shapes
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(
+        lambda node: node.op in ("placeholder", "output")
+    )  # dropout, too, is dead before
     return torch.fx.GraphModule(module, graph)
 
 
@@ -207,8 +204,8 @@ def training_rows(path, starts, max_length):
     """Users [N] with two training items or more, of whom the last max_length + 1 are items[begin:end]."""
     train_end, _ = leave_one_out(starts)
     users = np.flatnonzero(train_end - starts[:-1] >= 2)
-    if not len(users):
-        sys.exit(f"{path}: no user has 2 interactions to train on")
+    if len(users) < 2:
+        sys.exit(f"{path}: fewer than 2 users have 2 interactions to train on")
     return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users]
 
 
@@ -258,13 +255,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 
 def write_student(args, program, config):
     """Write `program` as a model file."""
-    made = {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data)}
-    made |= {key: config.get(key) for key in ("items", "max_length", "architecture")}
+    made = {key: config.get(key) for key in ("items", "max_length", "architecture")}
+    made |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data)}
     buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
     with_dropout(program.graph_module, False)
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(made)})
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(args.out)
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(args.out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -279,8 +279,7 @@ def main(argv=None):
     add("--teacher", required=True, help="model file to learn from. Load only trusted ones")
     add("--student", required=True, help="model file to train, of as many layers or fewer")
     add("--out", required=True, help="model file to write")
-    add("--search-epochs", type=int, default=10, help="of the search of alpha; 0: the mean of a group")
-    add("--alpha-learning-rate", type=float, default=5e-2, help="of AdamW on alpha")
+    add("--search-epochs", type=int, default=10, help="of alpha; 0: the mean of a group")
     add("--weight", type=float, default=1.0, help="lambda; 0: L_CE alone")
     add("--learning-rate", type=float, default=5e-3, help="of AdamW; it falls to 0")
     add("--batch-size", type=int, default=32, help="users a step")
@@ -288,12 +287,14 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or min(args.learning_rate, args.weight, args.seed) < 0:
+    numbers = [x for x in vars(args).values() if type(x) in (int, float)]
+    if min(args.epochs, args.batch_size) < 1 or not all(x >= 0 for x in numbers):
         parser.error("--epochs and --batch-size are counts from 1, and no number is below 0")
     try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         train(args)
-    except OSError as error:
-        sys.exit(f"{error.filename or args.out}: {error.strerror}")
+    except (OSError, KeyboardInterrupt) as error:
+        sys.exit(f"{getattr(error, 'filename', args.out)}: {getattr(error, 'strerror', 'stopped')}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ Uncertainty for Sequential Recommendation", CIKM 2021, arXiv 2106.06165.
 
 Each item is a Gaussian of mean mu_i and diagonal covariance sigma_i. Two transformers, one of means and one
 of covariances, turn a history into a Gaussian, too. The nearest item, by 2-Wasserstein distance, comes next.
-The distance is a product of vectors, and so the model a file like any other: emd_distill.py trains it, with
-one negative by the paper's loss, -log sigma of the difference of two scores, without by the softmax over all.
+The distance is a product of vectors, and so the model a file like any other, which emd_distill.py trains by
+the softmax over all items (the paper: BPR, -log sigma of the difference of two scores, with one negative).
 
     python related/dt4sr.py data/beauty.txt --out runs/untrained.pt2
-    python emd_distill.py data/beauty.txt --student runs/untrained.pt2 --negatives 1 --out runs/dt4sr.pt2
+    python emd_distill.py data/beauty.txt --student runs/untrained.pt2 --out runs/dt4sr.pt2
 
 Reads   interactions, `user item` a row (data/README.md), for the number of items.
 Writes  an untrained model file (README.md, "The model file").

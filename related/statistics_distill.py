@@ -129,12 +129,11 @@ def rest_of(module, layer):
         sys.exit("a model whose first result is no stack of its layers' states cannot be entered there")
     state = hidden.args[0][layer]
     with graph.inserting_before(next(iter(graph.nodes))):
-        given = graph.placeholder("state")
-    state.replace_all_uses_with(given)
+        state.replace_all_uses_with(graph.placeholder("state"))
     graph.output((output, item_vectors))
-    for guard in [node for node in graph.nodes if node.op == "call_module"]:
-        graph.erase_node(guard)  # of the inputs' shapes
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(
+        lambda node: node.op in ("placeholder", "output")
+    )  # dropout, too, is dead before
     return torch.fx.GraphModule(module, graph)
 
 
@@ -193,8 +192,8 @@ def training_rows(path, starts, max_length):
     """Users [N] with two training items or more, of whom the last max_length + 1 are items[begin:end]."""
     train_end, _ = leave_one_out(starts)
     users = np.flatnonzero(train_end - starts[:-1] >= 2)
-    if not len(users):
-        sys.exit(f"{path}: no user has 2 interactions to train on")
+    if len(users) < 2:
+        sys.exit(f"{path}: fewer than 2 users have 2 interactions to train on")
     return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users]
 
 
@@ -244,13 +243,16 @@ def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
 
 def write_student(args, program, config):
     """Write `program` as a model file."""
-    made = {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data)}
-    made |= {key: config.get(key) for key in ("items", "max_length", "architecture")}
+    made = {key: config.get(key) for key in ("items", "max_length", "architecture")}
+    made |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data)}
     buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
     with_dropout(program.graph_module, False)
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(made)})
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(args.out)
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(args.out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -273,12 +275,14 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or min(args.learning_rate, args.weight, args.seed) < 0:
+    numbers = [x for x in vars(args).values() if type(x) in (int, float)]
+    if min(args.epochs, args.batch_size) < 1 or not all(x >= 0 for x in numbers):
         parser.error("--epochs and --batch-size are counts from 1, and no number is below 0")
     try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         train(args)
-    except OSError as error:
-        sys.exit(f"{error.filename or args.out}: {error.strerror}")
+    except (OSError, KeyboardInterrupt) as error:
+        sys.exit(f"{getattr(error, 'filename', args.out)}: {getattr(error, 'strerror', 'stopped')}")
 
 
 if __name__ == "__main__":

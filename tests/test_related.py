@@ -144,7 +144,12 @@ def test_asrep_tells_what_is_wrong(write_data, write_model, tmp_path):
     other = write_model(Sum(29), 29, 8, "other.pt2")
     assert "is no model file for these data" in fails(asrep, data, "--backward", other, "--out", out)
     assert "No such file" in fails(asrep, tmp_path / "none.txt", "--out", out)
+    forward = write_model(Sum(30), 30, 8, "forward.pt2", data_sha256=evaluate.sha256_of(data))
+    argv = "--backward", forward, "--shorter-than", 3, "--items", 2, "--out", out
+    assert "other data than the reversed histories" in fails(asrep, data, *argv)
     assert not out.parent.exists()
+    swapped = write_data({u: [*h[:-2], *h[:-3:-1]] for u, h in HISTORIES.items()}, "swapped.txt")
+    assert "not the histories of" in fails(evaluate, data, backward, "--inputs", swapped)
     short = write_data({u: h[:-1] for u, h in HISTORIES.items()}, "short.txt")
     for wrong in (short, write_data({1: [1, 30]}, "one.txt")):
         assert "not the histories of" in fails(evaluate, data, backward, "--inputs", wrong)
@@ -316,6 +321,48 @@ def test_students_of_related_methods(module, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", [statistics_distill, dfa_distill], ids=lambda module: module.__name__)
+def test_the_loss_is_l_ce_and_what_the_matched_layers_say(module, files, tmp_path, monkeypatch):
+    """L of the first batch, by hand, of a teacher of 4 layers and a student of 2, both without dropout."""
+    data, teacher, student = files
+    (_, config), T = evaluate.load_model(teacher, 40, 30), evaluate.load_model(teacher, 40, 30)[0].module()
+    S, found, entered = evaluate.load_model(student, 40, 30)[0].module(), [], []
+    monkeypatch.setattr(module, "with_dropout", lambda module, on: module)
+    rest_of = module.rest_of
+    monkeypatch.setattr(
+        module, "rest_of", lambda module, layer: entered.append(layer) or rest_of(module, layer)
+    )
+
+    def stop(loss_of, learned, rows, args):
+        batch = np.arange(10)
+        found.extend((*loss_of(batch), [weight.detach().clone() for weight in learned[-4:]], rows, batch))
+
+    monkeypatch.setattr(module, "follow", stop)
+    module.main(arguments(files, tmp_path / "out.pt2", *["--search-epochs", 0] * (module is dfa_distill)))
+    loss, parts, W, (users, begin, end), batch = found
+    assert entered == ([2, 4] if module is statistics_distill else [2, 1, 4, 2]) and config["layers"] == 4
+    l_ce, squares = [], {0: [], 1: []}
+    _, starts, items = evaluate.read_interactions(data)
+    for row in batch:
+        history = torch.from_numpy(items[begin[row] : end[row]])
+        hidden_T, output_T, _ = T(torch.tensor([1]), history[None, :-1])
+        hidden, output, item_vectors = S(torch.tensor([1]), history[None, :-1])
+        log_p = (output[0] @ item_vectors[1:].T).log_softmax(1)
+        l_ce.append(-log_p.gather(1, history[1:, None] - 1))
+        for i in (0, 1):
+            mine = hidden[i + 1] @ W[2 * i].T + W[2 * i + 1]
+            if module is dfa_distill:  # the mean of layers 1 and 2, and of 3 and 4
+                squares[i].append((mine - hidden_T[2 * i + 1 : 2 * i + 3].mean(0))[0].square())
+                continue
+            real = torch.ones(1, mine.shape[1], dtype=bool)
+            given = module.adain(hidden_T[2 * i + 2], real, *module.statistics(mine, real))
+            changed = rest_of(T, 2 * i + 2)(given, torch.tensor([1]), history[None, :-1])[0]
+            squares[i].append((changed - output_T)[0].square())
+    l_ce, l_more = torch.cat(l_ce).mean(), sum(torch.cat(of).mean() for of in squares.values())
+    assert parts["L_CE"].item() == pytest.approx(l_ce.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((l_ce + l_more).item(), rel=1e-4) and l_more > 1e-3
+
+
+@pytest.mark.parametrize("module", [statistics_distill, dfa_distill], ids=lambda module: module.__name__)
 def test_what_related_methods_cannot_use_is_told(module, files, write_gru, write_model, tmp_path):
     data, teacher, student = files
     out = tmp_path / "out.pt2"
@@ -453,11 +500,16 @@ def test_no_label_of_the_target_is_seen(scenes, tmp_path, write_data):
     assert not all(torch.equal(weight, three[name]) for name, weight in one.items())
 
 
-def test_each_loss_of_domains_plays_a_part(scenes, tmp_path):
+def test_each_loss_of_domains_plays_a_part(scenes, tmp_path, capsys):
     every = [[], ["output"], ["feature"], ["pseudo"], ["output", "feature", "pseudo"]]
     made = {adapt(scenes, tmp_path / "o.pt2", "--epochs", 1, "--losses", *losses) for losses in every}
     assert len(made) == len(every)
     alone = adapt(scenes, tmp_path / "o.pt2", "--epochs", 1, "--losses")
+    capsys.readouterr()
+    for name in every[-1]:  # each is followed down, not up
+        adapt(scenes, tmp_path / "o.pt2", "--epochs", 6, "--losses", name, "--weight", 9)
+        of = [float(line.split(f"L_{name} ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+        assert of[-1] < of[0]
     assert adapt(scenes, tmp_path / "o.pt2", "--epochs", 1, "--weight", 0) == alone
 
 

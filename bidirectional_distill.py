@@ -273,10 +273,14 @@ def renew(teacher, student, data, users, begin, end, args, epochs, rng):
     does, the share of users whose validation item the student ranks better than the teacher.
     """
     user_ids, starts, items = data
-    (_, evaluated), item_count, k, better = leave_one_out(starts), items.max(), args.samples, []
+    (_, evaluated), item_count, k, better = leave_one_out(starts), items.max(), args.samples, np.zeros(2)
     drawn = np.zeros((2, epochs, len(items) * k), np.int32)
     rows = max(1, min(256, 2**21 // item_count))
+    mine = range(0, len(users), rows)[share()]
     for batch in (slice(i, i + rows) for i in range(0, len(users), rows)):
+        if batch.start not in mine:  # another process's: as many numbers are drawn there
+            rng.bit_generator.advance(2 * epochs * k * int((end - begin)[batch].sum()))
+            continue
         history = pad_batch(items, starts[users[batch]], end[batch]).numpy()
         observed = np.zeros((len(history), item_count + 1), bool)
         np.put_along_axis(observed, history, True, 1)
@@ -291,8 +295,11 @@ def renew(teacher, student, data, users, begin, end, args, epochs, rng):
             for side in (0, 1):
                 drawn[side, :, b * k : e * k] = draw(p[side], (epochs, (e - b) * k), rng)
             rank_T, rank_S = (rank[row, items[e] - 1] if evaluated[users[batch][row]] else 0 for rank in both)
-            better += [rank_S < rank_T] if rank_T else []
-    return torch.from_numpy(drawn), float(np.mean(better)) if better else 0.0
+            better += rank_S < rank_T, rank_T > 0
+    drawn, better = torch.from_numpy(drawn), torch.from_numpy(better)
+    add_up([drawn])
+    add_up([better])
+    return drawn, (better[0] / better[1].clamp(min=1)).item()
 
 
 def losses(both, ids, history, negatives, taught, args):
@@ -546,10 +553,13 @@ def share():
 
 
 def add_up(tensors):
-    """Add up each of `tensors` over all processes, in place; None stays None."""
-    for tensor in tensors if dist.is_initialized() else ():
-        if tensor is not None:
-            dist.all_reduce(tensor)
+    """Add up each of `tensors`, of one type, over all processes, in place; None stays None."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    if dist.is_initialized():
+        total = torch.cat([tensor.flatten() for tensor in tensors])  # one message: each has to be waited for
+        dist.all_reduce(total)
+        for tensor, part in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 # ---- Validation and files --------------------------------------------------------------------------------

@@ -358,10 +358,13 @@ def share():
 
 
 def add_up(tensors):
-    """Add up each of `tensors` over all processes, in place; None stays None."""
-    for tensor in tensors if dist.is_initialized() else ():
-        if tensor is not None:
-            dist.all_reduce(tensor)
+    """Add up each of `tensors`, of one type, over all processes, in place; None stays None."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    if dist.is_initialized():
+        total = torch.cat([tensor.flatten() for tensor in tensors])  # one message: each has to be waited for
+        dist.all_reduce(total)
+        for tensor, part in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 # ---- Validation and files --------------------------------------------------------------------------------

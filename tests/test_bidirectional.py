@@ -204,6 +204,22 @@ def test_slices_of_users_make_no_difference(write_data):
     assert np.array_equal(whole, sum(drawn)) and share == pytest.approx(np.mean(shares))
 
 
+def test_processes_that_share_a_renewal_draw_what_one_draws(write_data, monkeypatch):
+    path = write_data({u: [(u + t) % 25 + 1 for t in range(4 + u % 5)] for u in range(1, 802)})
+    models = module("bpr", 6, users=801), module("bpr", 3, users=801)
+    ((whole, share),) = renewal(path, models, 2)  # four slices
+    parts, sums = [], []
+    monkeypatch.setattr(bd, "add_up", lambda tensors: sums.extend(x.clone() for x in tensors))
+    for rank in range(2):
+        monkeypatch.setattr(bd, "share", lambda rank=rank: slice(rank, None, 2))
+        parts += [part for part, _ in renewal(path, models, 2)]
+    assert (
+        np.array_equal(whole, parts[0] + parts[1]) and not (np.asarray(parts[0]) * np.asarray(parts[1])).any()
+    )
+    better, judged = sums[1] + sums[3]
+    assert share == better / judged and judged == 801 and all((np.asarray(part) > 0).any() for part in parts)
+
+
 def test_ablations_of_the_sampling():
     rng, observed = np.random.default_rng(2), np.arange(300)[None] < 20
     rank_T, rank_S = (bd.ranks(rng.normal(size=(1, 300)).astype(np.float32), observed) for _ in range(2))

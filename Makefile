@@ -1,6 +1,6 @@
 # make demo    from nothing through all four stages to tables of their models, in runs/
 # make test    the checks
-# make related the five neighbours of related/, each on ml-100k, and one table of them, in runs/
+# make related the five neighbours of related/, each on ml-100k, and tables of them, in runs/
 # make results the tables and pictures of README.md and results/, from the JSON files of results/runs
 # make results-from-nothing CLAIM=8    the runs of a section of results/README.md that are missing, and then these
 # make lint    ruff, as CI runs it
@@ -34,6 +34,7 @@ demo: .venv/ready $(DATA)
 
 # teacher of 4 blocks, students of 2 blocks of 32; asrep.py and dt4sr.py make what emd_distill.py trains
 related: .venv/ready $(DATA)
+	rm -f runs/*.ckpt
 	$(VENV) sasrec_teacher.py $(DATA) --blocks 4 --epochs 30 --out runs/four.pt2
 	$(VENV) sasrec_teacher.py $(DATA) --dim 32 --epochs 0 --out runs/two.pt2
 	$(VENV) emd_distill.py $(DATA) --student runs/two.pt2 $(SAME) --out runs/two-alone.pt2
@@ -49,7 +50,9 @@ related: .venv/ready $(DATA)
 	$(VENV) sasrec_teacher.py runs/scene-source.txt --epochs 30 --out runs/source.pt2
 	$(VENV) sasrec_teacher.py runs/scene-target.txt --dim 32 --epochs 0 --out runs/target.pt2
 	$(VENV) related/domain_distill.py runs/scene-target.txt --source runs/scene-source.txt --teacher runs/source.pt2 --student runs/target.pt2 --out runs/domain.pt2
-	$(VENV) evaluate.py $(DATA) runs/two-alone.pt2 runs/dfa.pt2 runs/statistics.pt2 runs/dt4sr.pt2 runs/forward.pt2 runs/domain.pt2
+	$(VENV) evaluate.py runs/scene-target.txt runs/source.pt2 runs/domain.pt2
+	$(VENV) evaluate.py $(DATA) runs/forward.pt2 --inputs runs/asrep.txt
+	$(VENV) evaluate.py $(DATA) runs/two-alone.pt2 runs/dfa.pt2 runs/statistics.pt2 runs/dt4sr.pt2 runs/forward.pt2
 
 # in two processes of one thread each
 test: .venv/ready

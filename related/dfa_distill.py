@@ -2,7 +2,7 @@
 
 The teacher's layers fall into groups, one for each layer of the student. F_g, the feature of a group, is the
 mean of its layers' states with weights softmax(alpha_g). First alpha is searched, on one half of the users,
-while all weights learn on the other, by a bridge of two paths: H^S_g through a connector into the rest of the
+while weights learn on the other, by a bridge of two paths: H^S_g through a connector into the rest of the
 teacher (does it say enough?), and F_g through another into the rest of the student (can it be learnt?):
 
     L_bridge = L_CE + sum_g (L_CE of the one path + L_CE of the other)
@@ -51,7 +51,7 @@ def bridge_loss(alpha, hidden_T, hidden, connectors, rests, about):
 
 
 def search(student, teacher, groups, dims, data, rows, args):
-    """alpha of each group, after --search-epochs in which it and weights take turns (DARTS, first order)."""
+    """alpha of each group; in the second half of --search-epochs it and weights take turns (DARTS)."""
     rng, half = np.random.default_rng(args.seed), len(rows[0]) // 2
     alpha = [torch.zeros(len(group), device=args.device, requires_grad=True) for group in groups]
     rests = [(rest_of(teacher, group[-1]), rest_of(student, g)) for g, group in enumerate(groups, 1)]
@@ -64,7 +64,8 @@ def search(student, teacher, groups, dims, data, rows, args):
     for epoch in range(1, args.search_epochs + 1):
         order = [np.array_split(rng.permutation(users), steps) for users in halves]
         batches = [batch for pair in zip(*order, strict=True) for batch in pair]
-        for optimizer, batch in zip([weights, of_alpha] * steps, batches, strict=True):
+        late = epoch > args.search_epochs // 2  # alpha waits until weights have learnt something
+        for optimizer, batch in zip([weights, of_alpha if late else weights] * steps, batches, strict=True):
             about = batch_of(data, rows, batch, args.device)
             hidden_T, (hidden, *made) = teacher(*about[:2])[0], student(*about[:2])
             loss = cross_entropy(*made, *about[2:])
@@ -126,9 +127,6 @@ def follow(loss_of, learned, rows, args):
         if not all(mean.isfinite() for mean in means.values()):
             sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
         print(f"epoch {epoch:3}", *(f" {name} {mean:.4f}" for name, mean in means.items()), flush=True)
-
-
-# ---- As in the stages ------------------------------------------------------------------------------------
 
 
 def rest_of(module, layer):

@@ -512,11 +512,11 @@ def edges_text(edges):
 
 
 def random_edges(nodes, operations, costs, cost, rng):
-    """Uniformly drawn edges of a cost within 10 % of `cost`, or of any cost if that is NaN; costs [|O|]."""
+    """Uniformly drawn edges of a cost within 10 % of `cost`, or of any if that is infinite; costs [|O|]."""
     for _ in range(100_000):
         drawn = rng.choice([OPERATIONS.index(o) for o in operations], edge_index(0, nodes + 1))
         edges = best_edges(np.eye(len(OPERATIONS))[drawn])
-        if not abs(costs[drawn].sum() - cost) > cost / 10 and receptive_field(edges):  # no cost: NaN, never >
+        if abs(costs[drawn].sum() - cost) <= cost / 10 and receptive_field(edges):
             return edges
     sys.exit(f"--random {cost}: no architecture of such a cost was found; it lies between 0 and 1")
 
@@ -869,7 +869,8 @@ def refuse_numbers(parser, args):
     may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
-            low = type(x) in (int, float) and (x < 0 or (type(x) is int and x == 0 and name not in may_be_0))
+            low = type(x) in (int, float) and not x >= 0  # or NaN
+            low |= type(x) is int and x == 0 and name not in may_be_0
             if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
                 parser.error(f"--{name.replace('_', '-')} cannot be {x}")
 
@@ -883,7 +884,7 @@ def main(argv=None):
     add("--out", required=True, help="architecture to write, as runs/architecture.json, and .pt2 beside it")
     add("--architecture", help="no search: give this architecture random weights")
     cost = "no search: a random architecture, of any cost or one within 10 %% of COST, with random weights"
-    add("--random", type=float, nargs="?", const=math.nan, metavar="COST", help=cost)
+    add("--random", type=float, nargs="?", const=math.inf, metavar="COST", help=cost)
     add("--cells", type=int, default=4, help="K: cells, one architecture, weights of their own")
     add("--nodes", type=int, default=3, help="N: nodes of a cell behind its input")
     add("--dim", type=int, default=64, help="d_S: size of hidden states and item vectors")

@@ -354,7 +354,8 @@ def refuse_numbers(parser, args):
     may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
-            low = type(x) in (int, float) and (x < 0 or (type(x) is int and x == 0 and name not in may_be_0))
+            low = type(x) in (int, float) and not x >= 0  # or NaN
+            low |= type(x) is int and x == 0 and name not in may_be_0
             if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
                 parser.error(f"--{name.replace('_', '-')} cannot be {x}")
 

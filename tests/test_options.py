@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-COUNTS = "--batch-size=0 --epochs=-1 --seed=-1 --learning-rate=-0.1"
+COUNTS = "--batch-size=0 --epochs=-1 --seed=-1 --learning-rate=-0.1 --learning-rate=nan"
 SEARCHED = (
     "--cells=0 --nodes=0 --dim=0 --max-length=0 --negatives=-1 --alpha-warm-up=-1 --dropout=2 --gamma=1.1"
 )

@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 DATA := data/ml-100k.txt
 SHAPE := --cells 1 --nodes 2 --dim 32
-ONE := $(patsubst %,tests/test_%.py,bidirectional devices processes resume)
+ONE := $(patsubst %,tests/test_%.py,bidirectional devices distill processes resume)
 SAME := --epochs 30 --patience 30 --final-rate 0
 
 CLAIM ?= 1 2 4 6 7 8 9 10

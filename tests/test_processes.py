@@ -31,11 +31,18 @@ MORE = {
     "emd_distill": "--epochs 3",
     "bidirectional_distill": "--epochs 3",
 }
-PROGRAM = """import sys, torch, {0}
+PROGRAM = """import contextlib, importlib, io, json, os, sys, torch
+from torch import distributed as dist
 torch.set_default_dtype(torch.float64)
-if "{0}" == "adarec_search":  # what it makes by `.float()`
-    torch.Tensor.float = torch.Tensor.double
-{0}.main(sys.argv[1:])"""
+first, single = dist.init_process_group, torch.Tensor.float
+dist.init_process_group = lambda *args: dist.is_initialized() or first(*args)  # one meeting for all commands
+for name, script, argv in json.loads(sys.argv[1]):
+    # what the search makes by `.float()`
+    torch.Tensor.float = torch.Tensor.double if script == "adarec_search" else single
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        importlib.import_module(script).main(argv)
+    open(f"{name}.{os.environ['RANK']}", "w").write(said.getvalue())"""
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +69,16 @@ def argv_of(name, out):
     return ["data.txt", *options.split(), "--out", f"{out}/{file}"]
 
 
-def start(folder, name, out, rank, *more, **environment):
-    """The `rank`-th process of two that run the command `name`."""
+def start(folder, commands, rank, **environment):
+    """The `rank`-th process of two that run the commands, each a name, a script and its words."""
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    program = [sys.executable, "-c", PROGRAM.format(COMMANDS[name][0]), *argv_of(name, out), *more]
+    program = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
     environment = os.environ | environment
     return subprocess.Popen(program, cwd=folder, env=environment, text=True, stdout=-1, stderr=-1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def meeting():
     """Where two processes find each other."""
     with socket.socket() as free:
@@ -90,9 +97,17 @@ def results(folder):
     return weights, [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def by_two(folder, meeting):
+    """All commands have been run by two processes."""
+    commands = [(name, script, argv_of(name, f"{name} two")) for name, (script, _) in COMMANDS.items()]
+    two = [start(folder, commands, rank, **meeting) for rank in (0, 1)]
+    said = [process.communicate(timeout=400) for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_two_processes_end_as_one(folder, name, meeting, monkeypatch, capsys):
-    two = [start(folder, name, f"{name} two", rank, **meeting) for rank in (0, 1)]
+def test_two_processes_end_as_one(folder, name, by_two, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     if name == "search":
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -101,8 +116,7 @@ def test_two_processes_end_as_one(folder, name, meeting, monkeypatch, capsys):
         importlib.import_module(COMMANDS[name][0]).main(argv_of(name, f"{name} one"))
     finally:
         torch.set_default_dtype(torch.float32)
-    (said, _), (said_0, _), (said_1, _) = capsys.readouterr(), *(p.communicate(timeout=200) for p in two)
-    assert [process.returncode for process in two] == [0, 0]
+    said, said_0, said_1 = capsys.readouterr().out, *(Path(f"{name}.{rank}").read_text() for rank in (0, 1))
     assert said_1 == "" and said_0.count("\n") == said.count("\n") > 3  # one process prints
     (weights, log), (other_weights, other_log) = (results(folder / f"{name} {n}") for n in ("one", "two"))
     assert weights and weights.keys() == other_weights.keys() and len(log) == len(other_log) > 2
@@ -119,8 +133,10 @@ def test_two_processes_end_as_one(folder, name, meeting, monkeypatch, capsys):
 
 
 def test_processes_that_cannot_work_are_told(folder, meeting, name="search"):
-    lonely = start(folder, name, f"{name} bad", 0)
-    two = [start(folder, name, f"{name} bad", rank, "--batch-size", "1", **meeting) for rank in (0, 1)]
+    command = name, COMMANDS[name][0], argv_of(name, f"{name} bad")
+    lonely = start(folder, [command], 0)
+    one_user = *command[:2], [*command[2], "--batch-size", "1"]
+    two = [start(folder, [one_user], rank, **meeting) for rank in (0, 1)]
     for process, what in ((lonely, "RANK is set"), (two[0], "2 processes are too many"), (two[1], "")):
         said, error = process.communicate(timeout=200)
         assert process.returncode == 1 and not said

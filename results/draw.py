@@ -453,11 +453,11 @@ def draw_search(plt):
 
 
 def draw_flow(plt):
-    """How much of the flow goes between which layers, over the epochs of the demo's student."""
-    flow = np.array(json.loads(figures("demo", "student-0")["flow"]))  # [epochs, L_S, L_T]
+    """How much of the flow goes between which layers, over the epochs of a student on ml-1m."""
+    flow = np.array(json.loads(figures("adarec", "ml-1m-emd-0")["flow"]))  # [epochs, L_S, L_T]
     figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
     image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
-    pairs = [f"{i} of the student, {j}" for i, j in np.ndindex(flow.shape[1:])]
+    pairs = [f"{i + 1} of the student, {j + 1}" for i, j in np.ndindex(flow.shape[1:])]
     axis.set(yticks=range(len(pairs)), yticklabels=pairs, xlabel="epoch", title="flow F between layers")
     figure.colorbar(image)
     return figure

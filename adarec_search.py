@@ -706,7 +706,7 @@ def share():
 def add_up(tensors):
     """Add up each of `tensors`, of one type, over all processes, in place; None stays None."""
     tensors = [tensor for tensor in tensors if tensor is not None]
-    if dist.is_initialized():
+    if dist.is_initialized() and tensors:
         total = torch.cat([tensor.flatten() for tensor in tensors])  # one message: each has to be waited for
         dist.all_reduce(total)
         for tensor, part in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):

@@ -178,11 +178,13 @@ def evaluate(args):
         drawn = np.random.default_rng(args.seed).choice(len(evaluated), args.users, replace=False)
         evaluated = evaluated[np.sort(drawn)]
     end = train_end[evaluated] + (args.split == "test")
-    inputs = read_interactions(args.inputs) if args.inputs else data
-    same = np.array_equal(inputs[0], user_ids) and (np.diff(inputs[1]) >= np.diff(starts)).all()
-    place = np.arange(len(items)) + np.repeat(inputs[1][1:] - starts[1:], np.diff(starts)) if same else []
-    if not same or (inputs[2][place] != items).any() or inputs[2].max() > last_ids[1]:
-        sys.exit(f"{args.inputs}: not the histories of {args.data}, with or without more before them")
+    inputs = data
+    if args.inputs:  # they have to end with the items of `data`
+        inputs = read_interactions(args.inputs)
+        same = np.array_equal(inputs[0], user_ids) and (np.diff(inputs[1]) >= np.diff(starts)).all()
+        place = np.arange(len(items)) + np.repeat(inputs[1][1:] - starts[1:], np.diff(starts)) if same else []
+        if not same or (inputs[2][place] != items).any() or inputs[2].max() > last_ids[1]:
+            sys.exit(f"{args.inputs}: not the histories of {args.data}, with or without more before them")
     reports, ranks = [], []
     for path, (program, config) in [(path, load_model(path, *last_ids)) for path in args.models]:
         if config.get("data_sha256", sha256_of(args.data)) != sha256_of(args.data):

@@ -233,11 +233,13 @@ def module_of(program, device):
     return module
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """`--help`: the words at the top of this file as they stand, and each option's default."""
+
+
 def main(argv=None):
     """Read the command line, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
     add("--out", required=True, help="interactions to write, .txt")

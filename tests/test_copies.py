@@ -62,6 +62,27 @@ def test_what_scripts_share_is_there():
     assert {"draw_negatives", "seen_in_training"} <= has["sasrec_teacher"] & has["bidirectional_distill"]
 
 
+def test_what_the_neighbours_share_is_there():
+    has = {name: definitions(name).keys() for name in SCRIPTS}
+    distil = {"dfa_distill", "statistics_distill", "domain_distill"}
+    related = {name for name, path in SCRIPTS.items() if path.parent.name == "related"}
+    assert related == distil | {"asrep", "dt4sr"}
+    assert all({"read_interactions", "sha256_of", "Help"} <= has[script] for script in related)
+    alike = {
+        "training_rows",
+        "batch_of",
+        "follow",
+        "write_student",
+        "with_dropout",
+        "leave_one_out",
+        "pad_batch",
+    }
+    assert all(alike | {"load_model"} <= has[script] for script in distil)
+    assert "rest_of" in has["dfa_distill"] & has["statistics_distill"]
+    assert {"leave_one_out", "pad_batch", "share", "write", "load_model", "module_of"} <= has["asrep"]
+    assert {"Block", "share", "write", "export", "save_model"} <= has["dt4sr"] & has["sasrec_teacher"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_script_imports_another(script):
     for node in ast.walk(ast.parse(SCRIPTS[script].read_text())):

@@ -18,13 +18,16 @@ from run import (
     BETAS,
     DECAYS,
     KINDS,
+    LOSSES,
     PAIRS,
+    PRIOR,
     ROOT,
     RUNS,
     SCENES,
     SEQUENCES,
     TEACHERS,
     TOGETHER,
+    WAYS,
     chosen,
     figures,
     gains,
@@ -69,7 +72,9 @@ def spread(of, form="{:.4f}"):
 
 
 def table(head, rows):
-    """A table in Markdown."""
+    """A table in Markdown; a KeyError if no run of it was made."""
+    if not rows:
+        raise KeyError
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -219,18 +224,16 @@ def p_value(runs, alone, kind, k):
 
 
 def bidirectional(base, k, ways):
-    """HR@k / NDCG@k of both models, their p-values; for the notebooks' data also as these count, and for the
-    others validation NDCG@10 of the last epoch, as the best is often none.
+    """Rows of HR@k / NDCG@k of both models, their p-values; for the notebooks' data also as these count, and
+    for the others validation NDCG@10 of the last epoch, as the best is often none.
     """
-    notebooks, head, rows, found = k == 50, [""], [], {}
-    for kind in KINDS:
-        head += [kind, f"{kind}, as published", "p"] if notebooks else [kind, "p", "at the end"]
+    notebooks, rows, found = k == 50, [], {}
     for how in ways:
         runs = {s: figures("bidirectional", f"{base}-{how}-{s}") for s in range(3)}
         found[how] = {s: run for s, run in runs.items() if "student" in run}
         if not found[how]:
             continue
-        row = [f"{how} ({len(found[how])})"]
+        row = [f"{how} ({len(found[how])})" if notebooks else f"{base}, {how} ({len(found[how])})"]
         for kind in KINDS:
             of = [run[kind] for run in found[how].values()]
             mean = lambda key, of=of: f"{np.mean([one[key] for one in of]):.4f}"  # noqa: E731
@@ -241,7 +244,7 @@ def bidirectional(base, k, ways):
             if not notebooks:
                 row.append(mean("valid last"))
         rows.append(row)
-    return table(head, rows)
+    return rows
 
 
 def pair():
@@ -264,7 +267,14 @@ def pair():
 def notebooks(base):
     """The table of the published notebooks, and its controls."""
     decayed = [*(f"decay-{name}" for name in DECAYS), "alone-decayed", "published-decayed"]
-    return bidirectional(base, 50, ["start", *TOGETHER, *decayed])
+    head = [name for kind in KINDS for name in (kind, f"{kind}, as published", "p")]
+    return table(["", *head], bidirectional(base, 50, ["start", *TOGETHER, *decayed]))
+
+
+def pairs():
+    """Two sizes of SASRec that go on together."""
+    head = [name for kind in KINDS for name in (kind, "p", "at the end")]
+    return table(["", *head], [row for scene in PAIRS for row in bidirectional(scene, 10, SEQUENCES)])
 
 
 # ---- The teacher, beta, speed, scale, and the published code -----------------------------------------------
@@ -301,11 +311,11 @@ def betas():
     """What the cost loss trades: size and accuracy of the architectures found on games."""
     rows = []
     for beta in BETAS:
-        runs = [f"games-{beta}-{seed}" for seed in range(2)]
-        alone = [f"games-{beta}-alone-{seed}" for seed in range(2)]
-        found = ", ".join(f"`{run['edges']}`" for run in (figures("cost", name) for name in runs) if run)
-        cost, ndcg = spread(values(runs, "cost", "cost"), "{:.3f}"), spread(values(alone, claim="cost"))
-        rows.append([beta, found, cost, ndcg])
+        runs = [name for seed in range(2) if figures("cost", name := f"games-{beta}-{seed}")]
+        if runs:
+            found = ", ".join(f"`{figures('cost', name)['edges']}`" for name in runs)
+            alone = spread(values((f"games-{beta}-alone-{seed}" for seed in range(2)), claim="cost"))
+            rows.append([beta, found, spread(values(runs, "cost", "cost"), "{:.3f}"), alone])
     return table(["beta", "operations found", "cost", "NDCG@10"], rows)
 
 
@@ -332,10 +342,15 @@ def scripts():
 
 def scale():
     """Seconds and peak memory of large logs and catalogues."""
-    rows = figures("scale", "table")
-    of = lambda row: [f"{row['interactions']:,}", f"{row['items']:,}", row["what"]]  # noqa: E731
-    rows = [[*of(row), f"{row['seconds']:.0f} s", f"{row['MiB']:,.0f} MiB"] for row in rows]
-    return table(["interactions", "items", "", "seconds", "peak memory"], rows)
+    found = {}
+    for row in figures("scale", "table"):
+        size = row["interactions"], row["items"]
+        found.setdefault(size, {})[row["what"]] = f"{row['seconds']:.0f} s, {row['MiB'] / 1024:.1f} GiB"
+    head = list(dict.fromkeys(what for of in found.values() for what in of))
+    rows = [
+        [*map("{:,}".format, size), *(found[size].get(what, "") for what in head)] for size in sorted(found)
+    ]
+    return table(["interactions", "items", *(f"`{what}`" for what in head)], rows)
 
 
 def deviations():
@@ -346,6 +361,23 @@ def deviations():
             [f"{what} (`{name}`)", spread(values((f"{name}-{s}" for s in range(3)), claim="published"))]
         )
     return table(["ml-100k, the demo's student", "NDCG@10"], rows)
+
+
+def neighbours():
+    """Each method of related/ and what it has to beat; on Beauty also users of short histories."""
+    domain = ["-".join(["domain", *losses.split()]) for losses in LOSSES]
+    of = {"ml-100k": ["four", *WAYS], "ml-100k, unseen users": ["source", *domain]}
+    of |= {"beauty": [f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR)]}
+    rows, keys = [], ["NDCG@10", *(f"NDCG@10 to {most}" for most in (5, 10, 20))]
+    for scene, names in of.items():
+        for name in names:
+            runs = [run for seed in range(3) if (run := figures("related", f"{name}-{seed}"))]
+            found = [spread(np.array([run[key] for run in runs])) for key in keys if runs and key in runs[0]]
+            if found:
+                rows.append(
+                    [scene, f"`{name.removeprefix('beauty-')}`", *found, *[""] * (len(keys) - len(found))]
+                )
+    return table(["", "", "NDCG@10", *(f"of users with at most {most} items" for most in (5, 10, 20))], rows)
 
 
 TABLES = {
@@ -361,9 +393,10 @@ TABLES = {
     "demo": demo,
     "planted": planted,
     "pair": pair,
+    "pairs": pairs,
+    "neighbours": neighbours,
 }
 TABLES |= {base: lambda base=base: notebooks(base) for base in ("bpr", "cdae")}
-TABLES |= {f"pairs-{scene}": lambda s=scene: bidirectional(s, 10, SEQUENCES) for scene in PAIRS}
 
 
 def drawn(name):

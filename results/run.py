@@ -321,6 +321,92 @@ def published():
         yield f"history-{seed}", [*patch, f"{script} {data} runs/demo/student-{seed}.pt2 --json"]
 
 
+# ---- The neighbours of related/ ---------------------------------------------------------------------------
+
+WAYS = {  # of learning from a teacher of four blocks, in `related` on ml-100k
+    "alone": "dfa_distill.py --weight 0 --search-epochs 0",
+    "dfa": "dfa_distill.py",
+    "dfa-mean": "dfa_distill.py --search-epochs 0",
+    "statistics": "statistics_distill.py",
+    "statistics-l2": "statistics_distill.py --loss l2",
+}
+LOSSES = "", "output", "output feature", "output pseudo", "output feature pseudo"
+PRIOR = {  # before which histories of Beauty pseudo-prior items are put: none, short ones, these as published
+    "backward": "--shorter-than 1",
+    "asrep": "",
+    "asrep-whole": "--whole",
+}
+
+
+def related():
+    """Each neighbour beside what it has to beat, from the same start, on ml-100k."""
+    data, runs = "data/ml-100k.txt", "runs/related"
+    scene = f"{runs}/scene-target.txt", f"{runs}/scene-source.txt"
+    for seed in range(3):
+        same = f"--seed {seed}"
+        four, two, source, target = (f"{runs}/{n}-{seed}.pt2" for n in ("four", "two", "source", "target"))
+        yield (
+            f"four-{seed}",
+            [
+                f"sasrec_teacher.py {data} --dim 32 --epochs 0 {same} --out {two}",
+                f"sasrec_teacher.py {data} --blocks 4 --epochs 30 {same} --out {four}",
+                f"evaluate.py {data} {four} --json",
+            ],
+        )
+        for name, script in WAYS.items():
+            script, _, options = script.partition(" ")
+            how = f"--teacher {four} --student {two} {options} {same} --out {runs}/{name}-{seed}.pt2"
+            judge = f"evaluate.py {data} {runs}/{name}-{seed}.pt2 --json"
+            yield f"{name}-{seed}", [f"related/{script} {data} {how}", judge]
+        yield (
+            f"source-{seed}",
+            [
+                f"related/domain_distill.py {data} --split --out {runs}/scene",
+                f"sasrec_teacher.py {scene[0]} --dim 32 --epochs 0 {same} --out {target}",
+                f"sasrec_teacher.py {scene[1]} --epochs 30 {same} --out {source}",
+                f"evaluate.py {scene[0]} {source} --json",
+            ],
+        )
+        for losses in LOSSES:
+            name = "-".join(["domain", *losses.split(), str(seed)])
+            how = f"--source {scene[1]} --teacher {source} --student {target} --losses {losses}"
+            how = f"related/domain_distill.py {scene[0]} {how} {same} --out {runs}/{name}.pt2"
+            yield name, [how, f"evaluate.py {scene[0]} {runs}/{name}.pt2 --json"]
+    for seed in range(3):
+        yield from short_histories(seed)
+
+
+def short_histories(seed):
+    """On Beauty SASRec and DT4SR; and SASRec after as many epochs backwards, also with pseudo-prior items."""
+    data, runs = "data/beauty.txt", "runs/related/beauty"
+    shape = f"--max-length 100 --dim 64 --dropout 0.5 --seed {seed}"
+    train = f"--learning-rate 2e-3 --negatives 2048 --batch-size 128 {FALLING} --seed {seed}"
+    for name, build in {"forward": "sasrec_teacher.py", "dt4sr": "related/dt4sr.py"}.items():
+        out, untrained = f"{runs}-{name}-{seed}", "--epochs 0" * (name == "forward")
+        yield (
+            f"beauty-{name}-{seed}",
+            [
+                f"{build} {data} {shape} {untrained} --out {out}-start.pt2",
+                f"emd_distill.py {data} --student {out}-start.pt2 --epochs 16 {train} --out {out}.pt2",
+                f"evaluate.py {data} {out}.pt2 --ranks {out}.npy --json",
+            ],
+        )
+    turned, start, back = f"{runs}-reversed.txt", f"{runs}-start-{seed}.pt2", f"{runs}-back-{seed}.pt2"
+    before = [
+        f"related/asrep.py {data} --out {turned}",
+        f"sasrec_teacher.py {turned} {shape} --epochs 0 --out {start}",
+        f"emd_distill.py {turned} --student {start} --epochs 8 {train} --out {back}",
+    ]
+    for name, how in PRIOR.items():
+        out = f"{runs}-{name}-{seed}"
+        commands = [
+            f"related/asrep.py {data} --backward {back} {how} --out {out}-made.txt",
+            f"emd_distill.py {out}-made.txt --student {out}-made.pt2 --epochs 8 {train} --out {out}.pt2",
+            f"evaluate.py {data} {out}.pt2 --inputs {out}-made.txt --ranks {out}.npy --json",
+        ]
+        yield f"beauty-{name}-{seed}", before + commands if name == "backward" else commands
+
+
 # ---- Speed: both sides in turn, seconds of an epoch by their logs ----------------------------------------
 
 LIKE_PEER = "--loss bce --dim 50 --dropout 0.5 --epochs 2"
@@ -356,7 +442,7 @@ def processes():
 
 TIMED = {"speed": speed, "processes": processes}
 CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "demo": demo, "planted": planted}
-CLAIMS |= {"bidirectional": bidirectional, "published": published, **TIMED}
+CLAIMS |= {"bidirectional": bidirectional, "published": published, "related": related, **TIMED}
 
 NUMBERS = {
     "1": ["teacher"],
@@ -366,6 +452,7 @@ NUMBERS = {
     "6": ["cost"],
 }
 NUMBERS |= {"7": ["bidirectional"], "8": ["speed"], "9": ["processes"], "10": ["demo", "published"]}
+NUMBERS |= {"11": ["related"]}
 
 # ---- One run ---------------------------------------------------------------------------------------------
 
@@ -480,7 +567,9 @@ def figures_of(claim, name, command, out, data):
     printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
     if "evaluate.py" in command:
         report = json.loads(printed)[0]
-        return {key: report[key] for key in ("HR@10", "NDCG@10")}
+        found = {key: report[key] for key in ("HR@10", "NDCG@10")}
+        ranks = re.search(r"--ranks (\S+)", command)
+        return found | (of_short_users(data, np.load(ROOT / ranks[1])[:, 0]) if ranks else {})
     if "bidirectional_distill.py" in command:
         return both_models(out.removesuffix(".pt2"), data)
     log, found = log_of(out), {}
@@ -498,6 +587,16 @@ def figures_of(claim, name, command, out, data):
         report = evaluated(data, out, [10], "--protocol", "uniform")
         found |= {f"sampled {key}": report[key] for key in ("HR@10", "NDCG@10")}
     return found | {"valid": max(line["NDCG@10"] for line in log)}
+
+
+def of_short_users(data, rank):
+    """Of each user's rank: number and NDCG@10 of the users with at most 5, 10 and 20 training items."""
+    _, counts = np.unique(np.loadtxt(ROOT / data, int)[:, 0], return_counts=True)
+    length, found = counts[counts >= 3] - 2, {}
+    for most in (5, 10, 20):
+        gain = ((rank <= 10) / np.log2(rank + 1))[length <= most]
+        found |= {f"users to {most}": len(gain), f"NDCG@10 to {most}": gain.mean()}
+    return found
 
 
 def log_of(out):

@@ -179,6 +179,8 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "paper": "",
     "paper-half": "--temperature inf",
     "top": "--sampling top",
+    "published-gentle": f"{PUBLISHED} --lambda-teacher 0.05",
+    "top-lambda-0": "--sampling top --negatives drawn --lambda-teacher 0 --lambda-student 0",
     "alone-knowing": "--direction none",  # negatives are never validation or test items, as published
 }
 # two sizes of SASRec by binary cross-entropy, and how they go on

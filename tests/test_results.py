@@ -73,7 +73,7 @@ def test_ranks_are_kept_as_characters(monkeypatch, tmp_path):
         np.testing.assert_allclose(run.gains(found["ranks"], k), expected)
 
 
-@pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_tables_are_what_the_runs_say(page):
     text = page.read_text()
     assert text.count("<!-- table ") == text.count("<!-- end -->") > 0

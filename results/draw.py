@@ -295,15 +295,17 @@ DEVIATIONS = {
 
 def teachers():
     """SASRec beside published figures: SASRec's own for games, arXiv 2309.07602's for the others."""
+    of = {
+        f"`{name}`: `{how}`": ("teacher", [f"{name}-{s}" for s in range(3)]) for name, how in TEACHERS.items()
+    }
+    of |= {"`ml-1m-teacher` of `run.py adarec`": ("adarec", ["ml-1m-teacher"])}
+    of |= {"`beauty-forward` of `run.py related`": ("related", [f"beauty-forward-{s}" for s in range(3)])}
     rows = []
-    for name, options in TEACHERS.items():
-        kind, hr, ndcg = PUBLISHED_FIGURES[
-            next(scene for scene in PUBLISHED_FIGURES if name.startswith(scene))
-        ]
-        runs = [f"{name}-{seed}" for seed in range(3)]
-        if len(values(runs, "valid", "teacher")):
-            of = [spread(values(runs, f"{kind}{key}@10", "teacher")) for key in ("HR", "NDCG")]
-            rows.append([f"`{name}`: `{options}`", of[0], hr, of[1], ndcg])
+    for what, (claim, names) in of.items():
+        kind, *published = next(of for data, of in PUBLISHED_FIGURES.items() if names[0].startswith(data))
+        hr, ndcg = (values(names, f"{kind}{key}@10", claim) for key in ("HR", "NDCG"))
+        if len(hr):
+            rows.append([what, spread(hr), published[0], spread(ndcg), published[1]])
     return table(["", "HR@10", "published", "NDCG@10", "published"], rows)
 
 

@@ -262,8 +262,6 @@ WIDE = "--loss bce --dropout 0.6 --dim 128 --heads 2 --final-rate 0"
 TEACHERS = {
     "ml-1m": f"{LARGE} --patience 16",
     "ml-1m-falling": f"{LARGE} {FALLING}",
-    "beauty": "--dropout 0.3 --patience 4 --epochs 40",
-    "beauty-falling": "--dropout 0.4 --epochs 16 --patience 16 --final-rate 0",
     "games-64": "--loss bce --negatives 64 --dropout 0.6 --learning-rate 2e-3 --epochs 60 --final-rate 0",
     "games-16-wide": f"{WIDE} --negatives 16 --epochs 60",
     "games-4-wide": f"{WIDE} --negatives 4 --epochs 60",
@@ -273,7 +271,9 @@ BETAS = "0", "0.03", "0.1", "0.3", "1", "3"
 
 
 def teacher():
-    """SASRec on the data of the published figures; games also among 100 uniform negatives, as there."""
+    """SASRec on the data of published figures; games also among 100 uniform negatives, as there. Beauty's is
+    in `related`.
+    """
     for seed in range(3):
         for name, options in TEACHERS.items():
             data = "-".join(name.split("-")[: 1 + name.startswith("ml")])

@@ -383,16 +383,15 @@ def short_histories(seed):
     data, runs = "data/beauty.txt", "runs/related/beauty"
     shape = f"--max-length 100 --dim 64 --dropout 0.5 --seed {seed}"
     train = f"--learning-rate 2e-3 --negatives 2048 --batch-size 128 {FALLING} --seed {seed}"
-    for name, build in {"forward": "sasrec_teacher.py", "dt4sr": "related/dt4sr.py"}.items():
-        out, untrained = f"{runs}-{name}-{seed}", "--epochs 0" * (name == "forward")
-        yield (
-            f"beauty-{name}-{seed}",
-            [
-                f"{build} {data} {shape} {untrained} --out {out}-start.pt2",
-                f"emd_distill.py {data} --student {out}-start.pt2 --epochs 16 {train} --out {out}.pt2",
-                f"evaluate.py {data} {out}.pt2 --ranks {out}.npy --json",
-            ],
-        )
+    gaussians = f"related/dt4sr.py {data} {shape}".replace(
+        "--dim 64", "--dim 32"
+    )  # of means, and of covariances
+    untrained = f"sasrec_teacher.py {data} {shape} --epochs 0"
+    for name, build in {"forward": untrained, "dt4sr": gaussians}.items():
+        out = f"{runs}-{name}-{seed}"
+        train_it = f"emd_distill.py {data} --student {out}-start.pt2 --epochs 16 {train} --out {out}.pt2"
+        judge = f"evaluate.py {data} {out}.pt2 --ranks {out}.npy --json"
+        yield f"beauty-{name}-{seed}", [f"{build} --out {out}-start.pt2", train_it, judge]
     turned, start, back = f"{runs}-reversed.txt", f"{runs}-start-{seed}.pt2", f"{runs}-back-{seed}.pt2"
     before = [
         f"related/asrep.py {data} --out {turned}",

@@ -73,6 +73,17 @@ def test_ranks_are_kept_as_characters(monkeypatch, tmp_path):
         np.testing.assert_allclose(run.gains(found["ranks"], k), expected)
 
 
+def test_short_users_are_counted_by_their_training_items(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    lengths = {1: 2, 2: 7, 3: 8, 4: 22, 5: 23}  # of whole histories; user 1 has no test item
+    rows = [(user, item + 1) for user, n in lengths.items() for item in range(n)]
+    np.savetxt(tmp_path / "data.txt", rows, "%d")
+    found = run.of_short_users("data.txt", np.array([1, 3, 11, 1]))
+    assert [found[f"users to {most}"] for most in (5, 10, 20)] == [1, 2, 3]
+    gains = [found[f"NDCG@10 to {most}"] for most in (5, 10, 20)]
+    np.testing.assert_allclose(gains, [1, (1 + 0.5) / 2, (1 + 0.5 + 0) / 3])
+
+
 @pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_tables_are_what_the_runs_say(page):
     text = page.read_text()

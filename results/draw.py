@@ -371,7 +371,7 @@ def deviations():
 def neighbours():
     """Each method of related/ and what it has to beat; on Beauty also users of short histories."""
     domain = ["-".join(["domain", *losses.split()]) for losses in LOSSES]
-    of = {"ml-100k": ["four", *WAYS], "ml-100k, unseen users": ["source", *domain]}
+    of = {"ml-100k": ["four", *WAYS, "emd"], "ml-100k, unseen users": ["source", *domain]}
     of |= {"beauty": [f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR)]}
     rows, keys = [], ["NDCG@10", *(f"NDCG@10 to {most}" for most in (5, 10, 20))]
     for scene, names in of.items():
@@ -490,8 +490,8 @@ def draw_search(plt):
 
 
 def draw_flow(plt):
-    """How much of the flow goes between which layers, over the epochs of a student on ml-1m."""
-    flow = np.array(json.loads(figures("adarec", "ml-1m-emd-0")["flow"]))  # [epochs, L_S, L_T]
+    """How much of the flow goes between which layers, over the epochs; four blocks teach two."""
+    flow = np.array(json.loads(figures("related", "emd-0")["flow"]))  # [epochs, L_S, L_T]
     figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
     image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
     pairs = [f"{i + 1} of the student, {j + 1}" for i, j in np.ndindex(flow.shape[1:])]

@@ -360,6 +360,8 @@ def related():
             how = f"--teacher {four} --student {two} {options} {same} --out {runs}/{name}-{seed}.pt2"
             judge = f"evaluate.py {data} {runs}/{name}-{seed}.pt2 --json"
             yield f"{name}-{seed}", [f"related/{script} {data} {how}", judge]
+        how = f"--teacher {four} --student {two} --remember --epochs 30 {FALLING} {same}"
+        yield f"emd-{seed}", [f"emd_distill.py {data} {how}"]
         yield (
             f"source-{seed}",
             [

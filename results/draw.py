@@ -494,7 +494,7 @@ def draw_flow(plt):
     flow = np.array(json.loads(figures("related", "emd-0")["flow"]))  # [epochs, L_S, L_T]
     figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
     image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
-    pairs = [f"{i + 1} of the student, {j + 1}" for i, j in np.ndindex(flow.shape[1:])]
+    pairs = [f"student {i + 1}, teacher {j + 1}" for i, j in np.ndindex(flow.shape[1:])]
     axis.set(yticks=range(len(pairs)), yticklabels=pairs, xlabel="epoch", title="flow F between layers")
     figure.colorbar(image)
     return figure

@@ -13,7 +13,7 @@ SHAPE := --cells 1 --nodes 2 --dim 32
 ONE := $(patsubst %,tests/test_%.py,bidirectional devices distill processes resume)
 SAME := --epochs 30 --patience 30 --final-rate 0
 
-CLAIM ?= 1 2 4 6 7 8 9 10
+CLAIM ?= 1 2 4 6 7 8 9 10 11
 
 .PHONY: demo related test test-one test-other lint results results-from-nothing
 .DELETE_ON_ERROR:

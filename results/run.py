@@ -3,9 +3,9 @@
     python results/run.py adarec                     # what is missing, one run after the other
     python results/run.py adarec --only 'games-*'    # of these names; with --list: show them
 
-Data lie in data/ (data/README.md tells how to make them), models in runs/CLAIM/. A run that was interrupted
-leaves no JSON and is made again; one whose JSON is there, only with --again, as teachers need to be where
-runs/ was lost: --only '*-teacher*' --again.
+Data lie in data/: the published files that README.md names, and ml-100k.txt. Models go to runs/CLAIM/. A run
+that was interrupted leaves no JSON and is made again; one whose JSON is there, only with --again, as teachers
+need to be where runs/ was lost: --only '*-teacher*' --again.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "results" / "runs"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # ---- AdaRec: a student that is smaller, faster and as good; made for its scene ---------------------------
 
@@ -193,8 +194,8 @@ GENTLE, NO_BD = (f"--lambda-teacher {weight} --lambda-student {weight}" for weig
 KINDS = "teacher", "student"
 SEQUENCES = {name: TOGETHER[name] for name in ("alone", "paper", "paper-half", "top")}
 SEQUENCES |= {  # the other's best items as negatives of L_CF; and beside them, gently, its labels
-    "published": "--sign published",
-    "uniform": "--sampling uniform",
+    "published-uniform": TOGETHER["published-uniform"],
+    "sampled-uniform": "--sampling uniform",
     "paper-gentle": GENTLE,
     "top-gentle": f"--sampling top {GENTLE}",
     "top-half": "--sampling top --temperature inf",
@@ -383,12 +384,10 @@ def related():
 def short_histories(seed):
     """On Beauty SASRec and DT4SR; and SASRec after as many epochs backwards, also with pseudo-prior items."""
     data, runs = "data/beauty.txt", "runs/related/beauty"
-    shape = f"--max-length 100 --dim 64 --dropout 0.5 --seed {seed}"
+    shape = f"--max-length 100 --dropout 0.5 --seed {seed} --dim"
     train = f"--learning-rate 2e-3 --negatives 2048 --batch-size 128 {FALLING} --seed {seed}"
-    gaussians = f"related/dt4sr.py {data} {shape}".replace(
-        "--dim 64", "--dim 32"
-    )  # of means, and of covariances
-    untrained = f"sasrec_teacher.py {data} {shape} --epochs 0"
+    untrained = f"sasrec_teacher.py {data} --epochs 0 {shape} 64"
+    gaussians = f"related/dt4sr.py {data} {shape} 32"  # of means, and of covariances
     for name, build in {"forward": untrained, "dt4sr": gaussians}.items():
         out = f"{runs}-{name}-{seed}"
         train_it = f"emd_distill.py {data} --student {out}-start.pt2 --epochs 16 {train} --out {out}.pt2"
@@ -397,7 +396,7 @@ def short_histories(seed):
     turned, start, back = f"{runs}-reversed.txt", f"{runs}-start-{seed}.pt2", f"{runs}-back-{seed}.pt2"
     before = [
         f"related/asrep.py {data} --out {turned}",
-        f"sasrec_teacher.py {turned} {shape} --epochs 0 --out {start}",
+        f"sasrec_teacher.py {turned} --epochs 0 {shape} 64 --out {start}",
         f"emd_distill.py {turned} --student {start} --epochs 8 {train} --out {back}",
     ]
     for name, how in PRIOR.items():
@@ -447,15 +446,19 @@ TIMED = {"speed": speed, "processes": processes}
 CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "demo": demo, "planted": planted}
 CLAIMS |= {"bidirectional": bidirectional, "published": published, "related": related, **TIMED}
 
-NUMBERS = {
-    "1": ["teacher"],
-    "2": ["adarec", "demo"],
-    **dict.fromkeys("35", ["adarec"]),
-    "4": ["adarec", "planted"],
+NUMBERS = {  # sections of results/README.md, and what they need
+    "1": ["teacher", "adarec", "related"],
+    "2": ["adarec"],
+    "3": ["adarec"],
+    "4": ["planted", "adarec", "demo"],
+    "5": ["adarec", "related"],
     "6": ["cost"],
+    "7": ["bidirectional"],
+    "8": ["speed"],
+    "9": ["processes"],
+    "10": ["demo", "published"],
+    "11": ["related"],
 }
-NUMBERS |= {"7": ["bidirectional"], "8": ["speed"], "9": ["processes"], "10": ["demo", "published"]}
-NUMBERS |= {"11": ["related"]}
 
 # ---- One run ---------------------------------------------------------------------------------------------
 
@@ -475,7 +478,8 @@ def seconds_of_epoch(command, out):
     """Run `command` with --out `out`; the seconds of its last epoch."""
     if not command.startswith("-u main.py"):
         (ROOT / f"{out}.ckpt").unlink(missing_ok=True)  # of a run that was interrupted
-        subprocess.run(words(f"{command} --out {out}", sys.executable), cwd=ROOT, check=True, stdout=2)
+        argv = words(f"{command} --out {out}", sys.executable)
+        subprocess.run(argv, cwd=ROOT, check=True, stdout=2, env=ONE_THREAD)
         return log_of(out)[-1]["seconds"]
     if not (ROOT / "runs/SASRec.pytorch").exists():
         clone = "git clone -q https://github.com/pmixer/SASRec.pytorch runs/SASRec.pytorch"
@@ -484,7 +488,7 @@ def seconds_of_epoch(command, out):
     ended, data = {}, re.search(r"dataset=(\S+)", command)[1]  # the peer tells when a step ends
     shutil.copy(ROOT / f"data/{data}.txt", peer / f"data/{data}.txt")
     split = words(command, sys.executable)
-    with subprocess.Popen(split, stdout=subprocess.PIPE, text=True, cwd=peer) as process:
+    with subprocess.Popen(split, stdout=subprocess.PIPE, text=True, cwd=peer, env=ONE_THREAD) as process:
         for line in process.stdout:
             if step := re.match(r"loss in epoch (\d+) iteration", line):
                 ended[int(step[1])] = time.perf_counter()
@@ -495,7 +499,7 @@ def seconds_of_checkpoint(command):
     """Seconds that one call of save_checkpoint takes, by Python's profiler."""
     with tempfile.NamedTemporaryFile() as file:
         profiler = f"-m cProfile -o {file.name} {command}"
-        subprocess.run(words(profiler, sys.executable), cwd=ROOT, check=True, stdout=2)
+        subprocess.run(words(profiler, sys.executable), cwd=ROOT, check=True, stdout=2, env=ONE_THREAD)
         calls = pstats.Stats(file.name).stats
     return next(call[3] / call[0] for (*_, name), call in calls.items() if name == "save_checkpoint")
 
@@ -503,7 +507,6 @@ def seconds_of_checkpoint(command):
 def timed(claim, name, commands):
     """Run the two sides of `commands` in turn, three times; write seconds of an epoch, and their ratio."""
     found, tick = {"commands": commands, "commit": commit(), "machine": machine()}, time.time()
-    os.environ["OMP_NUM_THREADS"] = "1"
     for folder in (RUNS / claim, ROOT / "runs" / claim):
         folder.mkdir(parents=True, exist_ok=True)
     for patch in commands[1:-1]:
@@ -513,11 +516,10 @@ def timed(claim, name, commands):
     sides = list(zip((commands[0], commands[-1]), outs, strict=True))
     found["seconds_of_epoch"] = [[seconds_of_epoch(*side) for side in sides] for _ in range(3)]
     ours, other = np.median(found["seconds_of_epoch"], 0)
-    found["ratio"] = other / ours
     if claim == "processes":
         two_epochs = commands[0].replace("--epochs 1", "--epochs 2")  # the last one leaves none
         found["checkpoint_seconds"] = seconds_of_checkpoint(f"{two_epochs} --out {outs[0]}")
-    found |= {"seconds": round(time.time() - tick), "torch_threads": threads()}
+    found |= {"seconds": round(time.time() - tick), "torch_threads": 1}
     (RUNS / claim / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{name}: {ours:.2f} s, {other:.2f} s", flush=True)
 
@@ -544,11 +546,11 @@ def make(claim, name, commands, data):
     found = {"commands": [" ".join(words(c, "python")) for c in commands], "commit": commit()}
     tick, peak = time.time(), 0
     (ROOT / model).parent.mkdir(parents=True, exist_ok=True)
+    for stopped in re.findall(r"--out (\S+)", " ".join(commands[:-1])):
+        (ROOT / f"{stopped}.ckpt").unlink(missing_ok=True)
     for command in commands:
         if (ROOT / f"{stem}.ckpt").exists() and command == commands[-1]:
             command += " --resume"  # its seconds are then those of what was left
-        for stopped in re.findall(r"--out (\S+)", " ".join(commands[:-1])):
-            (ROOT / f"{stopped}.ckpt").unlink(missing_ok=True)
         with open(ROOT / f"runs/{claim}/{name}.out", "w") as printed:
             process = subprocess.Popen(words(command, sys.executable), cwd=ROOT, stdout=printed)
             _, status, usage = os.wait4(process.pid, 0)

@@ -51,6 +51,10 @@ def test_every_patch_fits(patch, tmp_path):
     assert made.returncode == 0 and (tmp_path / script).read_text() != (root / script).read_text()
 
 
+def test_operations_are_those_of_the_search():
+    assert tuple(importlib.import_module("adarec_search").OPERATIONS) == draw.OPERATIONS
+
+
 def test_figures_as_the_notebooks_count_them():
     rank = np.array([1, 1, 2, 3, 7, 9, 10, 11, 19, 20, 21, 400])
     found = run.as_published([np.mean(rank <= k) for k in range(1, 41)], (10, 20))

@@ -285,10 +285,8 @@ def cost():
     """The weight beta of the cost loss: size and accuracy of what a search on games finds."""
     for seed in range(2):
         for beta in BETAS:
-            options, runs = (
-                SCENES["games"]["without"].replace("--beta 0.1", f"--beta {beta}"),
-                "runs/cost/games",
-            )
+            options, runs = SCENES["games"]["without"], "runs/cost/games"
+            options = options.replace("--beta 0.1", f"--beta {beta}")
             search = f"adarec_search.py data/games.txt {SHAPE} {options} --seed {seed}"
             yield f"games-{beta}-{seed}", [search]
             start = f"{runs}-{beta}-alone-{seed}-start"

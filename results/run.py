@@ -332,7 +332,7 @@ WAYS = {  # of learning from a teacher of four blocks, in `related` on ml-100k
     "statistics-l2": "statistics_distill.py --loss l2",
 }
 LOSSES = "", "output", "output feature", "output pseudo", "output feature pseudo"
-PRIOR = {  # before which histories of Beauty pseudo-prior items are put: none, short ones (17, 3, as published)
+PRIOR = {  # before which histories of Beauty prior items are put: none, short ones (17; 3; as published)
     "backward": "--shorter-than 1",
     "asrep": "",
     "asrep-3": "--items 3",

@@ -380,7 +380,7 @@ def neighbours():
     """Each method of related/ and what it has to beat; on Beauty also users of short histories."""
     domain = ["-".join(["domain", *losses.split()]) for losses in LOSSES]
     of = {"ml-100k": ["four", *WAYS, "emd"], "ml-100k, unseen users": ["source", *domain]}
-    of |= {"beauty": [f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR)]}
+    of |= {"beauty": [f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR, "backward-read")]}
     rows, keys = [], ["NDCG@10", *(f"NDCG@10 to {most}" for most in (5, 10, 20))]
     for scene, names in of.items():
         for name in names:

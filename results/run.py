@@ -406,6 +406,11 @@ def short_histories(seed):
             f"evaluate.py {data} {out}.pt2 --inputs {out}-made.txt --ranks {out}.npy --json",
         ]
         yield f"beauty-{name}-{seed}", before + commands if name == "backward" else commands
+    read = f"{runs}-backward-{seed}.pt2 --inputs {runs}-asrep-{seed}-made.txt --ranks {runs}-read-{seed}.npy"
+    yield (
+        f"beauty-backward-read-{seed}",
+        [f"evaluate.py {data} {read} --json"],
+    )  # never learnt from prior items
 
 
 # ---- Speed: both sides in turn, seconds of an epoch by their logs ----------------------------------------

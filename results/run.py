@@ -265,7 +265,6 @@ TEACHERS = {
     "ml-1m-falling": f"{LARGE} {FALLING}",
     "games-64": "--loss bce --negatives 64 --dropout 0.6 --learning-rate 2e-3 --epochs 60 --final-rate 0",
     "games-16-wide": f"{WIDE} --negatives 16 --epochs 60",
-    "games-4-wide": f"{WIDE} --negatives 4 --epochs 60",
     "games-32-wide": f"{WIDE} --negatives 32 --epochs 80 --patience 80",
 }
 BETAS = "0", "0.03", "0.1", "0.3", "1", "3"

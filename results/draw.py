@@ -16,6 +16,7 @@ from collections import Counter
 import numpy as np
 from run import (
     BETAS,
+    DECAYED,
     DECAYS,
     KINDS,
     LOSSES,
@@ -233,7 +234,8 @@ def p_value(runs, alone, kind, k):
 
 def bidirectional(base, k, ways):
     """Rows of HR@k / NDCG@k of both models, their p-values; for the notebooks' data also as these count, and
-    for the others validation NDCG@10 of the last epoch, as the best is often none.
+    for the others validation NDCG@10 of the last epoch, as the best is often none. Each way is compared with
+    `alone`, and `published` with a decay of the student with that decay alone.
     """
     notebooks, rows, found = k == 50, [], {}
     for how in ways:
@@ -248,11 +250,23 @@ def bidirectional(base, k, ways):
             row.append(f"{mean(f'HR@{k}')} / {mean(f'NDCG@{k}')}")
             if notebooks:
                 row.append(f"{mean(f'published HR@{k}')} / {mean(f'published NDCG@{k}')}")
-            row.append(p_value(found[how], found.get("alone", {}), kind, k))
+            beside = how.replace("published", "alone") if how.startswith("published-decay") else "alone"
+            row.append(p_value(found[how], found.get(beside, {}), kind, k))
             if not notebooks:
                 row.append(mean("valid last"))
         rows.append(row)
     return rows
+
+
+CHIEF = (
+    "alone",
+    "published",
+    "published-half",
+    "published-lambda-0",
+    "published-uniform",
+    "paper",
+    "alone-knowing",
+)
 
 
 def pair():
@@ -272,11 +286,31 @@ def pair():
     return table(["citeulike, BPR, NDCG@50", *runs], rows)
 
 
-def notebooks(base):
+def notebooks(base, ways):
     """The table of the published notebooks, and its controls."""
-    decayed = [*(f"decay-{name}" for name in DECAYS), "alone-decayed", "published-decayed"]
     head = [name for kind in KINDS for name in (kind, f"{kind}, as published", "p")]
-    return table(["", *head], bidirectional(base, 50, ["start", *TOGETHER, *decayed]))
+    return table(["", *head], bidirectional(base, 50, ways))
+
+
+def bpr():
+    """The published table of BPR, its controls, and the decay of the student that validates best alone."""
+
+    def validated(decay):
+        runs = [figures("bidirectional", f"bpr-alone-decay-{decay}-{seed}") for seed in range(3)]
+        return np.mean([run["student"]["valid"] for run in runs if run] or [0])
+
+    best = max(DECAYS, key=validated)
+    return notebooks("bpr", ["start", *CHIEF, f"alone-decay-{best}", f"published-decay-{best}"])
+
+
+def bpr_more():
+    """The other ways that BPR went."""
+    return notebooks("bpr", ["alone", *(name for name in {**TOGETHER, **DECAYED} if name not in CHIEF)])
+
+
+def cdae():
+    """The same of CDAE."""
+    return notebooks("cdae", ["start", *TOGETHER])
 
 
 def pairs():
@@ -405,11 +439,13 @@ TABLES = (
     transfer,
     planted,
     pair,
+    bpr,
+    bpr_more,
+    cdae,
     pairs,
     neighbours,
 )
 TABLES = {table.__name__: table for table in TABLES}
-TABLES |= {base: lambda base=base: notebooks(base) for base in ("bpr", "cdae")}
 
 
 def drawn(name):

@@ -184,6 +184,13 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "top-lambda-0": "--sampling top --negatives drawn --lambda-teacher 0 --lambda-student 0",
     "alone-knowing": "--direction none",  # negatives are never validation or test items, as published
 }
+# a decay of the student while both train, on the published sums and on our means: one is chosen on validation
+DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}
+DECAYED = {
+    f"{name}-decay-{decay}": f"{TOGETHER[name]} --weight-decay 0 {ours}"
+    for name in ("alone", "published")
+    for decay, ours in DECAYS.items()
+}
 # two sizes of SASRec by binary cross-entropy, and how they go on
 BCE = "--negatives 8 --final-rate 0.1 --learning-rate 2e-3 --patience 99"
 PAIRS = {
@@ -204,7 +211,6 @@ SEQUENCES |= {  # the other's best items as negatives of L_CF; and beside them, 
     "drawn-top-lambda-0": f"--sampling top --negatives drawn {NO_BD}",
     "drawn-lambda-0": f"--negatives drawn {NO_BD}",
 }
-DECAYS = {"1e-5": 7.8e-8, "1e-4": 7.8e-7, "1e-3": 7.8e-6}  # on the published sums, and on our means
 
 
 def patched(name, command):
@@ -216,15 +222,13 @@ def patched(name, command):
 
 
 def bidirectional():
-    """BPR and CDAE on citeulike in the published regime: a warm-up, and each way to go on from it; and BPR's
-    student with a decay from the beginning, which is chosen on validation: is there a gain left for it?
-    """
+    """BPR and CDAE on citeulike in the published regime: a warm-up, and each way to go on from it."""
     for base, seed in (("bpr", 0), ("bpr", 1), ("bpr", 2), ("cdae", 0)):
         script = f"bidirectional_distill.py data/citeulike.txt --base {base} --seed {seed}"
         runs = "runs/bidirectional"
         teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"
         yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
-        for name, options in TOGETHER.items():
+        for name, options in {**TOGETHER, **(DECAYED if base == "bpr" else {})}.items():
             knows = name == "alone-knowing"
             patch, how = patched("negatives", script) if knows else ([], script)
             student = f"--student {runs}/{base}-start-{seed}-student.pt2"
@@ -232,17 +236,6 @@ def bidirectional():
                 yield f"{base}-{name}-{seed}", [*patch, f"{how} {teacher} {student} {options}"]
             elif "drawn" not in options:
                 yield f"{base}-{name}-{seed}", [*patch, f"{how} {teacher} {student} {options} --epochs 200"]
-        if base == "bpr":
-            valid = {}
-            for name, decay in DECAYS.items():  # a teacher of one dimension: only the student is wanted
-                run = f"bpr-decay-{name}-{seed}"
-                yield run, [f"{script} --dims 1 5 --epochs 0 --warm-up-weight-decay 0 {decay}"]
-                valid[name] = figures("bidirectional", run).get("student", {}).get("valid last", 0)
-            best = max(valid, key=valid.get)
-            student = f"--student {runs}/bpr-decay-{best}-{seed}-student.pt2"
-            for name in ("alone", "published"):
-                options = f"{TOGETHER[name]} --weight-decay 0 {DECAYS[best]}"
-                yield f"bpr-{name}-decayed-{seed}", [f"{script} {teacher} {student} {options}"]
     for scene, options in PAIRS.items():
         for seed in range(3):
             data, runs, same = f"data/{scene}.txt", f"runs/bidirectional/{scene}", f"--seed {seed}"

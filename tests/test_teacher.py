@@ -289,6 +289,19 @@ def test_two_epochs_are_the_formulas(write_data, monkeypatch, float64, kind, k, 
     assert step == len(drawn) == 6
 
 
+def test_dropout_keeps_its_share_and_the_mean():
+    torch.manual_seed(0)
+    dropout, x = teacher.Dropout(0.2), torch.ones(100, 1000, requires_grad=True)
+    kept = dropout(x)
+    kept.sum().backward()
+    assert torch.equal(x.grad, kept) and kept.unique().tolist() == [0, 1.25]
+    for axis in (0, 1):  # of each row and column
+        n = x.shape[axis]
+        assert ((kept > 0).sum(axis) - 0.8 * n).abs().max() < 5 * (0.16 * n) ** 0.5
+    assert abs((kept > 0).sum().item() - 80_000) < 4 * 16_000**0.5
+    assert not torch.equal(dropout(x), kept) and torch.equal(dropout.eval()(x), x)
+
+
 def test_dropout_acts_in_every_epoch_of_training_and_never_in_validation(small):
     # nothing is learnt at a rate of 0, so that dropout alone can make epochs differ
     still = f"{SMALL} --learning-rate 0 --epochs 3 --dropout"

@@ -409,18 +409,26 @@ def short_histories(seed):
 
 LIKE_PEER = "--loss bce --dim 50 --dropout 0.5 --epochs 2"
 PEER = "-u main.py --train_dir=x --device=cpu --hidden_units=50 --num_epochs=2 --dropout_rate=0.5"
+LIKE_RECBOLE = "--max-length 50 --dim 50 --dropout 0.5 --batch-size 256 --epochs 2"
+RECBOLE = "runs/recbole/bin/python results/recbole_epoch.py"
+OF_RECBOLE = "recbole==1.2.1 torch==2.13.0 setuptools<81 numpy<2 scipy<1.14 pandas<2.3 scikit-learn<1.6"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2"
 
 
 def speed():
-    """The teacher beside pmixer/SASRec.pytorch; the loss over all items, and the supernet, as is usual."""
+    """The teacher beside pmixer/SASRec.pytorch and RecBole's SASRec, which has a row for each position; the
+    loss over all items, and the supernet, as is usual.
+    """
     for scene, length in (("games", 50), ("ml-1m", 200)):
         teacher = f"sasrec_teacher.py data/{scene}.txt --max-length {length}"
         yield f"peer-{scene}", [f"{teacher} {LIKE_PEER}", f"{PEER} --dataset={scene} --maxlen={length}"]
+    teacher = f"sasrec_teacher.py data/beauty.txt {LIKE_RECBOLE}"
+    yield "recbole-beauty", [teacher, f"{RECBOLE} data/beauty.txt"]
+    teacher = "sasrec_teacher.py data/ml-1m.txt --max-length 200"
     patch, other = patched("softmax", f"{teacher} --epochs 2")
     yield "softmax", [f"{teacher} --epochs 2", *patch, other]
     shape = "--max-length 200 --cells 2 --nodes 2 --epochs 1 --alpha-warm-up 0"
-    search = f"adarec_search.py data/{scene}.txt {shape}"
+    search = f"adarec_search.py data/ml-1m.txt {shape}"
     patch, other = patched("operations", search)
     yield "operations", [search, *patch, other]
 
@@ -471,17 +479,24 @@ def words(command, python):
 
 
 def seconds_of_epoch(command, out):
-    """Run `command` with --out `out`; the seconds of its last epoch."""
-    if not command.startswith("-u main.py"):
-        (ROOT / f"{out}.ckpt").unlink(missing_ok=True)  # of a run that was interrupted
-        argv = words(f"{command} --out {out}", sys.executable)
-        subprocess.run(argv, cwd=ROOT, check=True, stdout=2, env=ONE_THREAD)
-        return log_of(out)[-1]["seconds"]
+    """Run `command`, one of ours with --out `out`; the seconds of its last epoch."""
+    if command.startswith(PEER[:10]):
+        return seconds_of_pmixer(command)
+    if command.startswith(RECBOLE):
+        return seconds_of_recbole(command)
+    (ROOT / f"{out}.ckpt").unlink(missing_ok=True)  # of a run that was interrupted
+    argv = words(f"{command} --out {out}", sys.executable)
+    subprocess.run(argv, cwd=ROOT, check=True, stdout=2, env=ONE_THREAD)
+    return log_of(out)[-1]["seconds"]
+
+
+def seconds_of_pmixer(command):
+    """The same of pmixer/SASRec.pytorch, which is fetched once; it tells when a step ends."""
     if not (ROOT / "runs/SASRec.pytorch").exists():
         clone = "git clone -q https://github.com/pmixer/SASRec.pytorch runs/SASRec.pytorch"
         subprocess.run(shlex.split(clone), cwd=ROOT, check=True)  # as it was in November 2026
     peer = ROOT / "runs/SASRec.pytorch/python"
-    ended, data = {}, re.search(r"dataset=(\S+)", command)[1]  # the peer tells when a step ends
+    ended, data = {}, re.search(r"dataset=(\S+)", command)[1]
     shutil.copy(ROOT / f"data/{data}.txt", peer / f"data/{data}.txt")
     split = words(command, sys.executable)
     with subprocess.Popen(split, stdout=subprocess.PIPE, text=True, cwd=peer, env=ONE_THREAD) as process:
@@ -489,6 +504,18 @@ def seconds_of_epoch(command, out):
             if step := re.match(r"loss in epoch (\d+) iteration", line):
                 ended[int(step[1])] = time.perf_counter()
     return ended[2] - ended[1]
+
+
+def seconds_of_recbole(command):
+    """The same of RecBole, in an environment of its own, which is made once; it tells seconds."""
+    if not (ROOT / "runs/recbole").exists():
+        subprocess.run([sys.executable, "-m", "venv", "runs/recbole"], cwd=ROOT, check=True)
+        install = ["runs/recbole/bin/python", "-m", "pip", "install", "-q", *OF_RECBOLE.split()]
+        subprocess.run(install, cwd=ROOT, check=True)
+    shown = subprocess.run(
+        shlex.split(command), cwd=ROOT, check=True, capture_output=True, text=True, env=ONE_THREAD
+    )
+    return float(re.search(r"training \[time: ([\d.]+)s", shown.stdout + shown.stderr)[1])
 
 
 def seconds_of_checkpoint(command):

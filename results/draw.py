@@ -245,6 +245,9 @@ def bidirectional(base, k, ways):
             continue
         row = [f"{how} ({len(found[how])})" if notebooks else f"{base}, {how} ({len(found[how])})"]
         for kind in KINDS:
+            if how.startswith("alone-decay") and kind == "teacher":  # the same student, without a decay
+                row += [""] * 3
+                continue
             of = [run[kind] for run in found[how].values()]
             mean = lambda key, of=of: f"{np.mean([one[key] for one in of]):.4f}"  # noqa: E731
             row.append(f"{mean(f'HR@{k}')} / {mean(f'NDCG@{k}')}")

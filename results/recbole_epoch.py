@@ -1,6 +1,6 @@
 """Train RecBole's SASRec for one epoch on one thread; run.py runs it where RecBole is, and reads its seconds.
 
-python results/recbole.py data/beauty.txt
+runs/recbole/bin/python results/recbole_epoch.py data/citeulike.txt
 """
 
 import sys

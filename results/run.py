@@ -426,8 +426,8 @@ def speed():
     for scene, length in (("games", 50), ("ml-1m", 200)):
         teacher = f"sasrec_teacher.py data/{scene}.txt --max-length {length}"
         yield f"peer-{scene}", [f"{teacher} {LIKE_PEER}", f"{PEER} --dataset={scene} --maxlen={length}"]
-    teacher = f"sasrec_teacher.py data/beauty.txt {LIKE_RECBOLE}"
-    yield "recbole-beauty", [teacher, f"{RECBOLE} data/beauty.txt"]
+    teacher = f"sasrec_teacher.py data/citeulike.txt {LIKE_RECBOLE}"
+    yield "recbole-citeulike", [teacher, f"{RECBOLE} data/citeulike.txt"]
     teacher = "sasrec_teacher.py data/ml-1m.txt --max-length 200"
     patch, other = patched("softmax", f"{teacher} --epochs 2")
     yield "softmax", [f"{teacher} --epochs 2", *patch, other]

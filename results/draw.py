@@ -343,7 +343,6 @@ def teachers():
     of = {
         f"`{name}`: `{how}`": ("teacher", [f"{name}-{s}" for s in range(3)]) for name, how in TEACHERS.items()
     }
-    of |= {"`ml-1m-teacher` of `run.py adarec`": ("adarec", ["ml-1m-teacher"])}
     of |= {"`beauty-forward` of `run.py related`": ("related", [f"beauty-forward-{s}" for s in range(3)])}
     rows = []
     for what, (claim, names) in of.items():

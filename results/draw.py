@@ -235,7 +235,7 @@ def p_value(runs, alone, kind, k):
 def bidirectional(base, k, ways):
     """Rows of HR@k / NDCG@k of both models, their p-values; for the notebooks' data also as these count, and
     for the others validation NDCG@10 of the last epoch, as the best is often none. Each way is compared with
-    `alone`, and `published` with a decay of the student with that decay alone.
+    `alone`, and a student that has a decay beside its teacher with one that has it alone.
     """
     notebooks, rows, found = k == 50, [], {}
     for how in ways:
@@ -253,7 +253,8 @@ def bidirectional(base, k, ways):
             row.append(f"{mean(f'HR@{k}')} / {mean(f'NDCG@{k}')}")
             if notebooks:
                 row.append(f"{mean(f'published HR@{k}')} / {mean(f'published NDCG@{k}')}")
-            beside = how.replace("published", "alone") if how.startswith("published-decay") else "alone"
+            decayed = how.startswith("published-decay") and kind == "student"
+            beside = how.replace("published", "alone") if decayed else "alone"
             row.append(p_value(found[how], found.get(beside, {}), kind, k))
             if not notebooks:
                 row.append(mean("valid last"))

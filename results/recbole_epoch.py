@@ -3,6 +3,7 @@
 runs/recbole/bin/python results/recbole_epoch.py data/citeulike.txt
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -37,4 +38,5 @@ with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "x").mkdir()
     head = "user_id:token\titem_id:token\ttimestamp:float"
     (Path(folder) / "x/x.inter").write_text("\n".join([head, *table]) + "\n")
+    os.chdir(folder)  # where it leaves logs
     run_recbole("SASRec", "x", config_dict=SETTINGS | {"data_path": folder}, saved=False)

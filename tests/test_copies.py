@@ -80,7 +80,9 @@ def test_what_the_neighbours_share_is_there():
     assert all(alike | {"load_model"} <= has[script] for script in distil)
     assert "rest_of" in has["dfa_distill"] & has["statistics_distill"]
     assert {"leave_one_out", "pad_batch", "share", "write", "load_model", "module_of"} <= has["asrep"]
-    assert {"Block", "share", "write", "export", "save_model"} <= has["dt4sr"] & has["sasrec_teacher"]
+    assert {"Block", "Dropout", "share", "write", "export", "save_model"} <= has["dt4sr"] & has[
+        "sasrec_teacher"
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -512,10 +512,11 @@ def seconds_of_pmixer(command):
 
 def seconds_of_recbole(command):
     """The same of RecBole, in an environment of its own, which is made once; it tells seconds."""
-    if not (ROOT / "runs/recbole").exists():
+    if not (ROOT / "runs/recbole/ready").exists():
         subprocess.run([sys.executable, "-m", "venv", "runs/recbole"], cwd=ROOT, check=True)
         install = ["runs/recbole/bin/python", "-m", "pip", "install", "-q", *OF_RECBOLE.split()]
         subprocess.run(install, cwd=ROOT, check=True)
+        (ROOT / "runs/recbole/ready").touch()
     shown = subprocess.run(
         shlex.split(command), cwd=ROOT, check=True, capture_output=True, text=True, env=ONE_THREAD
     )
@@ -718,7 +719,10 @@ def main(argv=None):
             if args.list:
                 print(f"{claim}/{name}", *commands, sep="\n    ")
             elif claim in TIMED:
-                timed(claim, name, commands)
+                try:
+                    timed(claim, name, commands)
+                except subprocess.CalledProcessError as error:  # a peer that cannot be fetched, too
+                    sys.exit(f"{name}: {' '.join(map(str, error.cmd))} failed")
             else:
                 make(claim, name, commands, commands[-1].split()[1])
 

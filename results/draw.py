@@ -95,7 +95,7 @@ def table(head, rows):
 
 # on ml-1m these learnt from an earlier run of the same teacher
 FIRST_TAUGHT = "ml-1m-emd-0", "ml-1m-one-to-one-0", "ml-1m-long-0", "ml-1m-longer-0"
-FIRST = json.loads((RUNS / "adarec" / "tried" / "ml-1m-teacher-of-seed-0.json").read_text())
+FIRST_TEACHER = "tried/ml-1m-teacher-of-seed-0"
 SPEED = "ms_per_user", "ms_per_1000_users"
 
 
@@ -106,10 +106,10 @@ def students(scene, name):
 
 def share(scene, name):
     """How much of their teacher's accuracy the students have."""
-    of, top = students(scene, name), made(f"{scene}-teacher")["NDCG@10"]
-    seeds = [seed for seed in range(3) if figures("adarec", f"{scene}-{name}-{seed}")]
-    tops = [FIRST["NDCG@10"] if f"{scene}-{name}-{seed}" in FIRST_TAUGHT else top for seed in seeds]
-    return f"{np.mean(of / tops):.1%}" if seeds else ""
+    runs = [run for seed in range(3) if figures("adarec", run := f"{scene}-{name}-{seed}")]
+    taught = [FIRST_TEACHER if run in FIRST_TAUGHT else f"{scene}-teacher" for run in runs]
+    tops = [made(name)["NDCG@10"] for name in taught]
+    return f"{np.mean(values(runs) / tops):.1%}" if runs else ""
 
 
 def times(scene, keys, threads=1):

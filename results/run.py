@@ -261,6 +261,7 @@ TEACHERS = {
     "ml-1m": f"{LARGE} --patience 16",
     "ml-1m-falling": f"{LARGE} {FALLING}",
     "games-64": "--loss bce --negatives 64 --dropout 0.6 --learning-rate 2e-3 --epochs 60 --final-rate 0",
+    "games-8-wide": f"{WIDE} --negatives 8 --epochs 60",
     "games-16-wide": f"{WIDE} --negatives 16 --epochs 60",
     "games-32-wide": f"{WIDE} --negatives 32 --epochs 80 --patience 80",
 }

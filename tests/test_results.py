@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_tables_are_what_the_runs_say(page):
     assert draw.filled(text) == text, "python results/draw.py"
     for picture in re.findall(r"\((\S+\.svg)\)", text):
         assert (page.parent / picture).exists()
+
+
+def test_a_claim_is_drawn_without_the_others(monkeypatch, tmp_path):
+    speeds = draw.drawn("speeds")
+    shutil.copytree(run.RUNS / "speed", tmp_path / "speed")
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    for name in draw.TABLES:
+        found = draw.drawn(name)
+        assert found == speeds if name == "speeds" else draw.MISSING in found
 
 
 def test_p_values_pool_seeds_user_by_user():

@@ -177,6 +177,7 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "published-half": f"{PUBLISHED} --temperature inf",
     "published-lambda-0": f"{PUBLISHED} --lambda-teacher 0 --lambda-student 0",
     "published-uniform": "--sign published",
+    "published-uniform-half": "--sign published --temperature inf",
     "paper": "",
     "paper-half": "--temperature inf",
     "top": "--sampling top",

@@ -713,6 +713,8 @@ def main(argv=None):
             if fnmatch.fnmatch(name, args.only) and (args.again or not figures(claim, name)):
                 yield name, commands
 
+    if not any(fnmatch.fnmatch(name, args.only) for claim in claims for name, _ in CLAIMS[claim]()):
+        parser.error(f"--only {args.only}: no run is named so")
     times = [expected(claim, name) for claim in claims for name, _ in missing(claim)]
     hours = sum(filter(None, times)) / 3600
     print(f"{len(times)} runs, {hours:.1f} hours and what {times.count(None)} of them take", file=sys.stderr)

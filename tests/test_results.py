@@ -44,6 +44,15 @@ def test_every_command_is_understood(claim, monkeypatch, tmp_path):
     assert understood >= len(runs)
 
 
+def test_a_run_that_is_not_there_is_no_run_that_is_made(capsys, monkeypatch):
+    monkeypatch.setattr(run, "make", None)
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["teacher", "--only", "gmaes*"])
+    assert "gmaes*: no run is named so" in capsys.readouterr().err
+    run.main(["bidirectional", "--only", "bpr-start-0"])  # whose JSON is there
+    assert "0 runs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("patch", sorted(published.glob("*.patch")), ids=lambda patch: patch.stem)
 def test_every_patch_fits(patch, tmp_path):
     script = re.search(r"^--- (\S+)", patch.read_text()).group(1)

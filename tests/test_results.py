@@ -108,6 +108,16 @@ def test_tables_are_what_the_runs_say(page):
         assert (page.parent / picture).exists()
 
 
+def test_the_table_of_the_demo_is_what_its_run_says(capsys):
+    page, found = (root / "README.md").read_text(), draw.figures("demo", "make-demo")
+    shown = {"protocol": "full", "keep_seen": False, "data": "data/ml-100k.txt", "split": "test", "at": [10]}
+    evaluate.print_table(found["first"], SimpleNamespace(**shown))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("MRR")]
+    assert "\n".join(lines) in page
+    before, after = (" and ".join(f"{r['NDCG@10']:.4f}" for r in found["last"][k : k + 2]) for k in (0, 2))
+    assert f"NDCG@10 {before}\nbefore, {after} after" in page
+
+
 def test_a_claim_is_drawn_without_the_others(tmp_path):
     shutil.copytree(run.RUNS / "speed", tmp_path / "results" / "runs" / "speed")
     for name in ("draw.py", "run.py"):

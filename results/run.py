@@ -224,7 +224,7 @@ def patched(name, command):
 
 def bidirectional():
     """BPR and CDAE on citeulike in the published regime: a warm-up, and each way to go on from it."""
-    for base, seed in (("bpr", 0), ("bpr", 1), ("bpr", 2), ("cdae", 0), ("cdae", 1)):
+    for base, seed in (("bpr", 0), ("bpr", 1), ("bpr", 2), ("cdae", 0), ("cdae", 1), ("cdae", 2)):
         script = f"bidirectional_distill.py data/citeulike.txt --base {base} --seed {seed}"
         runs = "runs/bidirectional"
         teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"

@@ -26,6 +26,7 @@ from run import (
     RUNS,
     SCENES,
     SEQUENCES,
+    SOFTENED,
     TEACHERS,
     TOGETHER,
     WAYS,
@@ -314,7 +315,7 @@ def bpr_more():
 
 def cdae():
     """The same of CDAE."""
-    return notebooks("cdae", ["start", *TOGETHER])
+    return notebooks("cdae", ["start", *TOGETHER, *SOFTENED])
 
 
 def pairs():

@@ -192,6 +192,12 @@ DECAYED = {
     for name in ("alone", "published")
     for decay, ours in DECAYS.items()
 }
+# CDAE alone with a decay of both, by default none; and temperatures between the published 2 and labels of 1/2
+SOFTENED = {f"published-uniform-tau-{tau}": f"--sign published --temperature {tau}" for tau in (5, 10)}
+SOFTENED |= {
+    f"alone-both-decay-{decay}": f"--direction none --weight-decay {ours} {ours}"
+    for decay, ours in {"1e-3": 3.4e-7, "1e-2": 3.4e-6, "1e-1": 3.4e-5}.items()  # of sums, of our means
+}
 # two sizes of SASRec by binary cross-entropy, and how they go on
 BCE = "--negatives 8 --final-rate 0.1 --learning-rate 2e-3 --patience 99"
 PAIRS = {
@@ -229,7 +235,7 @@ def bidirectional():
         runs = "runs/bidirectional"
         teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"
         yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
-        for name, options in {**TOGETHER, **(DECAYED if base == "bpr" else {})}.items():
+        for name, options in {**TOGETHER, **(DECAYED if base == "bpr" else SOFTENED)}.items():
             knows = name == "alone-knowing"
             patch, how = patched("negatives", script) if knows else ([], script)
             student = f"--student {runs}/{base}-start-{seed}-student.pt2"

@@ -232,29 +232,15 @@ BASES = {"bpr": BPR, "cdae": CDAE}
 
 
 class Learner:
-    """A program that is trained: its two modules, optimizer, and best epoch."""
+    """A program that is trained: its two modules, and the optimizer."""
 
     def __init__(self, program, args, side):
         # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
-        self.program = program
-        self.model = with_dropout(module_of(program, args.device), True)
+        self.program, self.model = program, with_dropout(module_of(program, args.device), True)
         with_dropout(program.graph_module, False)  # should it have been exported in training
-        self.judge, self.best = module_of(program, args.device), None
-        self.restart(args.learning_rate, args.warm_up_weight_decay[side])
-
-    def restart(self, rate, decay):
-        """A new optimizer, as the warm-up and bidirectional training begin."""
-        self.adam = torch.optim.Adam(self.model.parameters(), rate, weight_decay=decay, fused=True)
-
-    def state_dict(self):
-        """What a checkpoint keeps of it."""
-        return {"model": self.model.state_dict(), "adam": self.adam.state_dict(), "best": self.best}
-
-    def load_state_dict(self, state):
-        """Be as the learner was that gave `state`."""
-        self.model.load_state_dict(state["model"])
-        self.adam.load_state_dict(state["adam"])
-        self.best = state["best"]
+        self.judge, decay = module_of(program, args.device), args.warm_up_weight_decay[side]
+        weights, rate = self.model.parameters(), args.learning_rate
+        self.adam = torch.optim.Adam(weights, rate, weight_decay=decay, fused=True)
 
     def step(self, loss):
         """Follow the gradient of `loss`."""
@@ -326,14 +312,13 @@ def train(args):
     torch.manual_seed(args.seed)
     data = user_ids, starts, items = read_interactions(args.data)
     last_ids, k = (int(user_ids.max()), int(items.max())), args.samples
-    programs, max_length = [], max(2, int(np.diff(starts).max()))
-    for side, kind in enumerate(KINDS):
-        if args.teacher:
-            program, config = load_model(vars(args)[kind], *last_ids, args.data)
-            max_length = min(max_length, config["max_length"])
-        else:
-            program = export(BASES[args.base](*last_ids, args.dims[side]), max_length)
-        programs.append(program)
+    max_length = max(2, int(np.diff(starts).max()))
+    if args.teacher:
+        given = [load_model(path, *last_ids, args.data) for path in (args.teacher, args.student)]
+        programs, configs = zip(*given, strict=True)
+        max_length = min(max_length, *(config["max_length"] for config in configs))
+    else:
+        programs = [export(BASES[args.base](*last_ids, dim), max_length) for dim in args.dims]
     rng = np.random.default_rng(args.seed)
     users, begin, end, judged = training_part(args.data, starts, max_length - 1, rng)
     seen = seen_in_training(user_ids, starts, items)
@@ -347,15 +332,17 @@ def train(args):
     print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
     last, weights = args.warm_up + args.epochs, (args.lambda_teacher, args.lambda_student)
     draws = args.direction == "both" and (any(weights) or args.negatives == "drawn")
-    run, past = load_checkpoint(args, both)
-    log, drawn = past.get("log", []), past.get("drawn")
+    parts = [part for learner in both for part in (learner.model, learner.adam)]
+    run, past = load_checkpoint(args, parts)
+    log, best, drawn = past.get("log", []), past.get("best", {}), past.get("drawn")
     began -= sum(line["seconds"] for line in log)
     # models that are given are judged as they came, in epoch 0
     for epoch in range(len(log) + (not args.teacher), last + 1):
         tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
         if bd == 0:
             for learner, decay in zip(both, args.weight_decay, strict=True):
-                learner.restart(args.learning_rate, decay)
+                learner.adam.state.clear()  # a new optimizer
+                learner.adam.param_groups[0]["weight_decay"] = decay
         if bd >= 0 and draws and bd % args.period == 0:
             coming, drawing = min(args.period, args.epochs - bd), np.random.default_rng([args.seed, epoch, 1])
             drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
@@ -374,12 +361,12 @@ def train(args):
                     beside = taught.view_as(negatives)
                     negatives = torch.where(beside > 0, beside, negatives)
                 taught = taught[:, share()]
-            parts = losses(both, ids[share()], history[share()], negatives[:, share()], taught, args)
+            found = losses(both, ids[share()], history[share()], negatives[:, share()], taught, args)
             for side, learner in enumerate(both):
-                loss = L(parts[2 * side], weights[side], parts[2 * side + 1])
+                loss = L(found[2 * side], weights[side], found[2 * side + 1])
                 # a sum, by the mean number of observed items: each counts alike, whatever its batch
                 learner.step(loss * len(batches) / observed)
-            total += torch.stack(parts).detach()
+            total += torch.stack(found).detach()
             if sys.stdout.isatty():
                 print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
         if epoch:
@@ -396,12 +383,12 @@ def train(args):
                 about = user_ids, starts, items, judged, max_length, args.device
                 line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
                 # bidirectional training goes on from the end of the warm-up, as published, not from its best
-                if learner.best is None or bd < 0 or ndcg > learner.best["NDCG@10"]:
-                    learner.best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-                    made = f"{args.out}-{kind}.pt2", learner.program, learner.model, learner.best
+                if kind not in best or bd < 0 or ndcg > best[kind]["NDCG@10"]:
+                    best[kind] = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
+                    made = f"{args.out}-{kind}.pt2", learner.program, learner.model, best[kind]
                     save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
             report(args.out, log, last - epoch, began)
-        save_checkpoint(args.out, run, both, log=log, drawn=drawn)
+        save_checkpoint(args.out, run, parts, log=log, best=best, drawn=drawn)
     complete(args.out)
 
 
@@ -614,9 +601,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
-        raise
 
 
 def export(model, max_length):

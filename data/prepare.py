@@ -52,9 +52,8 @@ def write_file(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
-        raise
 
 
 def save(out, table, **names):

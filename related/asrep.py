@@ -187,9 +187,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
-        raise
 
 
 def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):

@@ -194,9 +194,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
-        raise
 
 
 def export(model, max_length):

@@ -435,8 +435,7 @@ def search(args):
     last_ids, max_length = (int(user_ids.max()), int(items.max())), args.max_length or 50
     teacher, W, w = None, None, None
     if args.teacher and args.gamma > 0:
-        program, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
-        teacher = program
+        teacher, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
         max_length = args.max_length or config["max_length"]
     users, begin, end, judged = training_part(args.data, starts, max_length, rng)
     join(args, len(users), len(judged))
@@ -899,11 +898,8 @@ def main(argv=None):
     add("--batch-size", type=int, default=32, help="users a step")
     add("--epochs", type=int, default=30, help="passes over all users")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
-    add(
-        "--remember",
-        action="store_true",
-        help="keep the teacher's answers in memory: fast from epoch 2 on, for one process",
-    )
+    keep = "keep the teacher's answers in memory: fast from epoch 2 on, for one process"
+    add("--remember", action="store_true", help=keep)
     add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -686,11 +686,8 @@ def main(argv=None):
     add("--epochs", type=int, default=30, help="passes over all users, at most")
     add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
     add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
-    add(
-        "--remember",
-        action="store_true",
-        help="keep the teacher's answers in memory: fast from epoch 2 on, for one process",
-    )
+    keep = "keep the teacher's answers in memory: fast from epoch 2 on, for one process"
+    add("--remember", action="store_true", help=keep)
     add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
     add("--seed", type=int, default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

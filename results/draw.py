@@ -17,6 +17,7 @@ import numpy as np
 from run import (
     BETAS,
     DECAYED,
+    DECAYED_BOTH,
     DECAYS,
     KINDS,
     LOSSES,
@@ -26,7 +27,6 @@ from run import (
     RUNS,
     SCENES,
     SEQUENCES,
-    SOFTENED,
     TEACHERS,
     TOGETHER,
     WAYS,
@@ -275,20 +275,18 @@ CHIEF = (
 
 
 def pair():
-    """BPR's teacher and student before, alone, and with bidirectional distillation, in short."""
-    ways = {
-        "start": "before",
-        "alone": "alone",
-        "paper": "BD, the paper's sign",
-        "published": "BD as published",
-    }
-    ways |= {"published-half": "the same, every label 1/2"}
-    runs = {
-        what: [figures("bidirectional", f"bpr-{how}-{s}") for s in range(3)] for how, what in ways.items()
-    }
-    of = lambda what, kind: np.array([run[kind]["NDCG@50"] for run in runs[what] if run])  # noqa: E731
-    rows = [[kind, *(spread(of(what, kind)) for what in runs)] for kind in KINDS]
-    return table(["citeulike, BPR, NDCG@50", *runs], rows)
+    """Both bases' teacher and student before, alone, and with bidirectional distillation, in short."""
+    drawn = {"bpr": "published", "cdae": "published-uniform"}  # as published, whose negatives differ
+    ways = {"before": "start", "alone": "alone", "BD, the paper's sign": "paper", "BD as published": "{}"}
+    ways |= {"the same, every label 1/2": "{}-half", "the same, τ 10, not 2": "{}-tau-10"}
+    rows = []
+    for base, kind in itertools.product(drawn, KINDS):
+        rows.append([f"{base.upper()}, {kind}"])
+        for way in ways.values():
+            runs = [figures("bidirectional", f"{base}-{way.format(drawn[base])}-{s}") for s in range(3)]
+            found = np.array([run[kind]["NDCG@50"] for run in runs if run])
+            rows[-1].append(spread(found) if len(found) else "")
+    return table(["citeulike, NDCG@50", *ways], rows)
 
 
 def notebooks(base, ways):
@@ -315,7 +313,7 @@ def bpr_more():
 
 def cdae():
     """The same of CDAE."""
-    return notebooks("cdae", ["start", *TOGETHER, *SOFTENED])
+    return notebooks("cdae", ["start", *TOGETHER, *DECAYED_BOTH])
 
 
 def pairs():

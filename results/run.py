@@ -178,6 +178,8 @@ TOGETHER = {  # how both models go on from the same warm-up; drawn negatives are
     "published-lambda-0": f"{PUBLISHED} --lambda-teacher 0 --lambda-student 0",
     "published-uniform": "--sign published",
     "published-uniform-half": "--sign published --temperature inf",
+    "published-tau-10": f"{PUBLISHED} --temperature 10",  # published are 5 of BPR and 2 of CDAE
+    "published-uniform-tau-10": "--sign published --temperature 10",
     "paper": "",
     "paper-half": "--temperature inf",
     "top": "--sampling top",
@@ -192,11 +194,10 @@ DECAYED = {
     for name in ("alone", "published")
     for decay, ours in DECAYS.items()
 }
-# CDAE alone with a decay of both, by default none; and temperatures between the published 2 and labels of 1/2
-SOFTENED = {f"published-uniform-tau-{tau}": f"--sign published --temperature {tau}" for tau in (5, 10)}
-SOFTENED |= {
+# the same of CDAE, alone, where both have one
+DECAYED_BOTH = {
     f"alone-both-decay-{decay}": f"--direction none --weight-decay {ours} {ours}"
-    for decay, ours in {"1e-3": 3.4e-7, "1e-2": 3.4e-6, "1e-1": 3.4e-5}.items()  # of sums, of our means
+    for decay, ours in {"1e-3": 3.4e-7, "1e-2": 3.4e-6, "1e-1": 3.4e-5}.items()
 }
 # two sizes of SASRec by binary cross-entropy, and how they go on
 BCE = "--negatives 8 --final-rate 0.1 --learning-rate 2e-3 --patience 99"
@@ -235,7 +236,7 @@ def bidirectional():
         runs = "runs/bidirectional"
         teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"
         yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
-        for name, options in {**TOGETHER, **(DECAYED if base == "bpr" else SOFTENED)}.items():
+        for name, options in {**TOGETHER, **(DECAYED if base == "bpr" else DECAYED_BOTH)}.items():
             knows = name == "alone-knowing"
             patch, how = patched("negatives", script) if knows else ([], script)
             student = f"--student {runs}/{base}-start-{seed}-student.pt2"

@@ -316,6 +316,22 @@ def cdae():
     return notebooks("cdae", ["start", *TOGETHER, *DECAYED_BOTH])
 
 
+def labels():
+    """What CDAE's labels are worth: gain in NDCG@50 over labels of 1/2, and the p that there is none."""
+    rows, published = [], "cdae-published-uniform"
+    for way in "", "-tau-10":
+        of, half = (
+            [figures("bidirectional", f"{published}{w}-{s}") for s in range(3)] for w in (way, "-half")
+        )
+        of, half = ({s: run for s, run in enumerate(runs) if of[s] and half[s]} for runs in (of, half))
+        if of:
+            rows.append([f"published-uniform{way} ({len(of)})"])
+            for kind in KINDS:
+                ours, theirs = (sum(run[kind]["NDCG@50"] for run in runs.values()) for runs in (of, half))
+                rows[-1] += [f"{ours / theirs - 1:+.1%}", p_value(of, half, kind, 50)]
+    return table(["against labels of 1/2", "teacher", "p", "student", "p"], rows)
+
+
 def pairs():
     """Two sizes of SASRec that go on together."""
     head = [name for kind in KINDS for name in (kind, "p", "at the end")]
@@ -444,6 +460,7 @@ TABLES = (
     bpr,
     bpr_more,
     cdae,
+    labels,
     pairs,
     neighbours,
 )

@@ -197,7 +197,7 @@ DECAYED = {
 # the same of CDAE, alone, where both have one
 DECAYED_BOTH = {
     f"alone-both-decay-{decay}": f"--direction none --weight-decay {ours} {ours}"
-    for decay, ours in {"1e-3": 3.4e-7, "1e-2": 3.4e-6, "1e-1": 3.4e-5}.items()
+    for decay, ours in {"1e-4": 3.4e-8, "1e-3": 3.4e-7, "1e-2": 3.4e-6}.items()
 }
 # two sizes of SASRec by binary cross-entropy, and how they go on
 BCE = "--negatives 8 --final-rate 0.1 --learning-rate 2e-3 --patience 99"

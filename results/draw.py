@@ -285,7 +285,7 @@ def pair():
         for way in ways.values():
             runs = [figures("bidirectional", f"{base}-{way.format(drawn[base])}-{s}") for s in range(3)]
             found = np.array([run[kind]["NDCG@50"] for run in runs if run])
-            rows[-1].append(spread(found) if len(found) else "")
+            rows[-1].append(spread(found))
     return table(["citeulike, NDCG@50", *ways], rows)
 
 
@@ -316,20 +316,25 @@ def cdae():
     return notebooks("cdae", ["start", *TOGETHER, *DECAYED_BOTH])
 
 
-def labels():
-    """What CDAE's labels are worth: gain in NDCG@50 over labels of 1/2, and the p that there is none."""
-    rows, published = [], "cdae-published-uniform"
-    for way in "", "-tau-10":
-        of, half = (
-            [figures("bidirectional", f"{published}{w}-{s}") for s in range(3)] for w in (way, "-half")
-        )
-        of, half = ({s: run for s, run in enumerate(runs) if of[s] and half[s]} for runs in (of, half))
-        if of:
-            rows.append([f"published-uniform{way} ({len(of)})"])
-            for kind in KINDS:
-                ours, theirs = (sum(run[kind]["NDCG@50"] for run in runs.values()) for runs in (of, half))
-                rows[-1] += [f"{ours / theirs - 1:+.1%}", p_value(of, half, kind, 50)]
-    return table(["against labels of 1/2", "teacher", "p", "student", "p"], rows)
+def temperatures():
+    """CDAE's gains over going on alone, by temperature: in validation NDCG@10, on which it is chosen, and in
+    NDCG@50; p that there is none of the latter, and p that labels of 1/2 are as good.
+    """
+    ways = {"alone": "alone", "2": "published-uniform", "10": "published-uniform-tau-10"}
+    ways["∞: labels of 1/2"] = "published-uniform-half"
+    of = {tau: [figures("bidirectional", f"cdae-{way}-{s}") for s in range(3)] for tau, way in ways.items()}
+    if not all(itertools.chain(*of.values())):
+        raise Missing
+    of, rows = {tau: dict(enumerate(runs)) for tau, runs in of.items()}, []
+    for tau in list(of)[1:]:
+        rows.append([tau])
+        for kind in KINDS:
+            for key in "valid", "NDCG@50":
+                ours, alone = (sum(run[kind][key] for run in of[way].values()) for way in (tau, "alone"))
+                rows[-1].append(f"{ours / alone - 1:+.1%}")
+            rows[-1] += [p_value(of[tau], of[other], kind, 50) for other in ("alone", "∞: labels of 1/2")]
+    head = [name for kind in KINDS for name in (f"{kind}, validation", "test", "p", "p against 1/2")]
+    return table(["τ", *head], rows)
 
 
 def pairs():
@@ -460,7 +465,7 @@ TABLES = (
     bpr,
     bpr_more,
     cdae,
-    labels,
+    temperatures,
     pairs,
     neighbours,
 )

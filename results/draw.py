@@ -313,7 +313,7 @@ def bpr_more():
 
 def cdae():
     """The same of CDAE."""
-    return notebooks("cdae", ["start", *TOGETHER, *DECAYED_BOTH])
+    return notebooks("cdae", ["start", "early", *TOGETHER, *DECAYED_BOTH])
 
 
 def temperatures():

@@ -199,6 +199,7 @@ DECAYED_BOTH = {
     f"alone-both-decay-{decay}": f"--direction none --weight-decay {ours} {ours}"
     for decay, ours in {"1e-4": 3.4e-8, "1e-3": 3.4e-7, "1e-2": 3.4e-6}.items()
 }
+EARLY = {0: 110, 1: 130, 2: 150}  # the epochs of the warm-up in which CDAE's teacher validated best
 # two sizes of SASRec by binary cross-entropy, and how they go on
 BCE = "--negatives 8 --final-rate 0.1 --learning-rate 2e-3 --patience 99"
 PAIRS = {
@@ -236,6 +237,8 @@ def bidirectional():
         runs = "runs/bidirectional"
         teacher = f"--teacher {runs}/{base}-start-{seed}-teacher.pt2"
         yield f"{base}-start-{seed}", [f"{script} --epochs 0"]
+        if base == "cdae":
+            yield f"cdae-early-{seed}", [f"{script} --warm-up {EARLY[seed]} --epochs 0"]
         for name, options in {**TOGETHER, **(DECAYED if base == "bpr" else DECAYED_BOTH)}.items():
             knows = name == "alone-knowing"
             patch, how = patched("negatives", script) if knows else ([], script)

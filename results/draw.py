@@ -278,7 +278,7 @@ def pair():
     """Both bases' teacher and student before, alone, and with bidirectional distillation, in short."""
     drawn = {"bpr": "published", "cdae": "published-uniform"}  # as published, whose negatives differ
     ways = {"before": "start", "alone": "alone", "BD, the paper's sign": "paper", "BD as published": "{}"}
-    ways |= {"the same, every label 1/2": "{}-half", "the same, τ 10, not 2": "{}-tau-10"}
+    ways |= {"the same, every label 1/2": "{}-half", "the same, τ 10": "{}-tau-10"}
     rows = []
     for base, kind in itertools.product(drawn, KINDS):
         rows.append([f"{base.upper()}, {kind}"])

@@ -233,6 +233,11 @@ def p_value(runs, alone, kind, k):
     return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if gap.any() else "1"
 
 
+def of_seeds(name):
+    """The JSON of three seeds, empty where a run was not made."""
+    return [figures("bidirectional", f"{name}-{seed}") for seed in range(3)]
+
+
 def bidirectional(base, k, ways):
     """Rows of HR@k / NDCG@k of both models, their p-values; for the notebooks' data also as these count, and
     for the others validation NDCG@10 of the last epoch, as the best is often none. Each way is compared with
@@ -240,8 +245,7 @@ def bidirectional(base, k, ways):
     """
     notebooks, rows, found = k == 50, [], {}
     for how in ways:
-        runs = {s: figures("bidirectional", f"{base}-{how}-{s}") for s in range(3)}
-        found[how] = {s: run for s, run in runs.items() if "student" in run}
+        found[how] = {s: run for s, run in enumerate(of_seeds(f"{base}-{how}")) if "student" in run}
         if not found[how]:
             continue
         row = [f"{how} ({len(found[how])})" if notebooks else f"{base}, {how} ({len(found[how])})"]
@@ -283,7 +287,7 @@ def pair():
     for base, kind in itertools.product(drawn, KINDS):
         rows.append([f"{base.upper()}, {kind}"])
         for way in ways.values():
-            runs = [figures("bidirectional", f"{base}-{way.format(drawn[base])}-{s}") for s in range(3)]
+            runs = of_seeds(f"{base}-{way.format(drawn[base])}")
             found = np.array([run[kind]["NDCG@50"] for run in runs if run])
             rows[-1].append(spread(found))
     return table(["citeulike, NDCG@50", *ways], rows)
@@ -299,7 +303,7 @@ def bpr():
     """The published table of BPR, its controls, and the decay of the student that validates best alone."""
 
     def validated(decay):
-        runs = [figures("bidirectional", f"bpr-alone-decay-{decay}-{seed}") for seed in range(3)]
+        runs = of_seeds(f"bpr-alone-decay-{decay}")
         return np.mean([run["student"]["valid"] for run in runs if run] or [0])
 
     best = max(DECAYS, key=validated)
@@ -322,7 +326,7 @@ def temperatures():
     """
     ways = {"alone": "alone", "2": "published-uniform", "10": "published-uniform-tau-10"}
     ways["∞: labels of 1/2"] = "published-uniform-half"
-    of = {tau: [figures("bidirectional", f"cdae-{way}-{s}") for s in range(3)] for tau, way in ways.items()}
+    of = {tau: of_seeds(f"cdae-{way}") for tau, way in ways.items()}
     if not all(itertools.chain(*of.values())):
         raise Missing
     of, rows = {tau: dict(enumerate(runs)) for tau, runs in of.items()}, []

@@ -1,19 +1,19 @@
 """Stage 2: search the architecture of the student for one data set, AdaRec.
 
-Lei Chen, Fajie Yuan, Jiaxi Yang, Min Yang and Chengming Li, "Scene-adaptive Knowledge Distillation for
-Sequential Recommendation via Differentiable Architecture Search", arXiv 2107.07173.
+Chen, Yuan, Yang, Yang and Li, "Scene-adaptive Knowledge Distillation for Sequential Recommendation via
+Differentiable Architecture Search", arXiv 2107.07173.
 
-A supernet holds every operation on every edge of its cells; which one an edge uses is drawn by `alpha`, and
-`alpha` learns with the weights from
+A supernet has every operation on every edge of its cells. `alpha` decides which operation an edge uses. The
+search trains `alpha` and the weights together, on
 
     L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred) + beta L_cost
 
-Reads   interactions, `user item` a row (data/README.md), and a teacher (README.md, "The model file");
-        without one, gamma is 0.
-Writes  OUT, the architecture as JSON; beside it, as .pt2, the student with its searched weights; and
-        OUT.log.jsonl, a line an epoch with all of `alpha`.
-Shapes  N real positions of a batch; K cells of d_S features, E edges a cell, |O| operations; L_T layers of
-        d_T features in the teacher; V items, item 0 padding; B users, T positions.
+Reads   interactions, `user item` a row (data/README.md), and a teacher (README.md, "The model file").
+        Without a teacher, gamma is 0.
+Writes  OUT, the architecture as JSON. Beside it, as .pt2, the student with the weights that the search found.
+        OUT.log.jsonl, a line an epoch.
+Shapes  B users, T positions, N real positions, V items, K cells of d_S features, E edges a cell, |O|
+        operations, L_T layers of d_T features in the teacher, k negatives. Item 0 is padding.
 
     python adarec_search.py data/ml-100k.txt --teacher runs/teacher.pt2 --out runs/architecture.json
 """
@@ -32,97 +32,114 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
-from tokenize import TokenError
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import special
 from scipy.optimize import linprog
 from torch import distributed as dist
 from torch import nn
-from torch.fx.node import map_aggregate
+from torch.export.passes import move_to_device_pass
 
-# the operations O; of a convolution, how many items back each of its taps looks, oldest first
-TAPS = {
-    "conv3": (2, 1, 0),
-    "conv5": (4, 3, 2, 1, 0),
-    "dilated_conv3": (4, 2, 0),
-    "dilated_conv5": (8, 6, 4, 2, 0),
-}
-OPERATIONS = (*TAPS, "avg_pool", "max_pool", "skip", "none", "mean")  # the paper's eight, and ours
-POOL = 3  # width of the pools
-REACH = 8  # items back that the widest operation looks
-
-# ---- The student: cells of one architecture --------------------------------------------------------------
-# `edges[j-1][i]` names the operation from node i to node j; node 0 is the cell's input
+# ---- The operations O. All are causal: they pad on the left. The published code pads on both sides, so there
+# ---- position t sees item t + 1, which it has to predict
 
 
-def earlier(x, places):
-    """x [..., T] as it was `back` places ago, 0 before its beginning, for each `back` in `places`."""
-    longest = max(places)
-    padded = F.pad(x, (longest, 0))
-    begins = [longest - back for back in places]
-    return [padded[..., b : b + x.shape[-1]] if b < longest else x for b in begins]
+def last_three(x):
+    """The last 3 places of each place of x [B, d, T]: [B, d, T, 3]. torch's pools export for one T only."""
+    return F.pad(x, (2, 0)).unfold(-1, 3, 1)  # x = ReLU(x_i) is nowhere below the padding
 
 
 def running_mean(x):
-    """The mean of x [..., T] up to each place."""
-    return x.cumsum(-1) / x.new_ones(x.shape[-1]).cumsum(0)  # ones of x: a file has no other device's
+    """The mean of x [B, d, T] up to each place (ours)."""
+    return x.cumsum(-1) / x.new_ones(x.shape[-1]).cumsum(0)
 
 
-class Operation(nn.Module):
-    """One operation o(x) on x [B, d, T], causal: all is padded on the left. The published code pads on both
-    sides, which shows position t the item at t + 1 that it has to predict. `mean` is ours: it sees it all.
+class Operation(NamedTuple):
+    """An entry of OPERATIONS: a convolution with a learned kernel, or a `function` of x [B, d, T].
+
+    A convolution has `width` taps, one in `dilation` places. A function looks `reach` places back and needs
+    `multiply_adds` for each place and channel. If it is linear and the same for each channel, `weights` is
+    its kernel, oldest place first: then the supernet merges it with the convolutions.
     """
+
+    width: int = 0
+    dilation: int = 1
+    function: Callable | None = None
+    reach: float = 0
+    multiply_adds: int = 0
+    weights: list | None = None
+
+    @property
+    def looks_back(self):
+        """How many places back the operation looks."""
+        return self.reach if self.function else self.dilation * (self.width - 1)
+
+
+OPERATIONS = {
+    "conv3": Operation(width=3),
+    "conv5": Operation(width=5),
+    "dilated_conv3": Operation(width=3, dilation=2),
+    "dilated_conv5": Operation(width=5, dilation=2),
+    "avg_pool": Operation(
+        function=lambda x: last_three(x).mean(-1), reach=2, multiply_adds=3, weights=[1 / 3, 1 / 3, 1 / 3]
+    ),
+    "max_pool": Operation(function=lambda x: last_three(x).amax(-1), reach=2, multiply_adds=3),
+    "skip": Operation(function=lambda x: x, weights=[1.0]),
+    "none": Operation(function=torch.zeros_like, reach=-math.inf, weights=[]),
+    "mean": Operation(function=running_mean, reach=math.inf, multiply_adds=1),
+}
+
+# ---- The student: K cells of one architecture ------------------------------------------------------------
+# edges[j-1][i] names the operation from node i to node j. Node 0 is the input of the cell.
+
+
+class Edge(nn.Module):
+    """The operation o(x) of one edge, on x [B, d, T]."""
 
     def __init__(self, name, dim):
         super().__init__()
-        self.name, self.dilation = name, 1 + name.startswith("dilated")
-        if name in TAPS:
-            self.convolution = nn.Conv1d(dim, dim, len(TAPS[name]), dilation=self.dilation)
+        self.name, self.operation = name, OPERATIONS[name]
+        if not self.operation.function:
+            self.convolution = nn.Conv1d(dim, dim, self.operation.width, dilation=self.operation.dilation)
 
     def forward(self, x):
-        if self.name in TAPS and self.dilation == 1:
-            return self.convolution(F.pad(x, (TAPS[self.name][0], 0)))
-        if self.name in TAPS:  # as one product of matrices: torch's own is slow for a single history
-            kernel = self.convolution.weight.transpose(1, 2).flatten(1)  # [d, k d]
-            return kernel @ torch.cat(earlier(x, TAPS[self.name]), 1) + self.convolution.bias[:, None]
-        if self.name == "avg_pool":  # torch's own pools do not export for histories of every length
-            return functools.reduce(torch.add, earlier(x, range(POOL))) / POOL
-        if self.name == "max_pool":  # x = ReLU(x_i) is nowhere below the padding
-            return functools.reduce(torch.maximum, earlier(x, range(POOL)))
-        if self.name == "mean":
-            return running_mean(x)
-        return x if self.name == "skip" else torch.zeros_like(x)
+        if self.operation.function:
+            return self.operation.function(x)
+        return self.convolution(F.pad(x, (self.operation.looks_back, 0)))
 
 
 class Cell(nn.Module):
-    """x_j = sum_{i<j} o_ij(ReLU(x_i)); returns x_0 + ReLU(LayerNorm(sum_j softmax(w)_j x_j))."""
+    """x_j = sum_{i<j} o_ij(ReLU(x_i)). The cell returns x_0 + ReLU(LayerNorm(sum_j softmax(w)_j x_j))."""
 
     def __init__(self, dim, edges):
         super().__init__()
-        self.operations = nn.ModuleList(nn.ModuleList(Operation(o, dim) for o in row) for row in edges)
+        self.edges = nn.ModuleList(nn.ModuleList(Edge(name, dim) for name in row) for row in edges)
         self.w = nn.Parameter(torch.zeros(len(edges)))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x_0):  # [B, T, d]
         x, active = [x_0.transpose(1, 2)], []  # x_i and ReLU(x_i), each [B, d, T]
-        for row in self.operations:
+        for row in self.edges:
             active.append(F.relu(x[-1]))
-            used = [o(x_i) for o, x_i in zip(row, active, strict=True) if o.name != "none"]
-            x.append(functools.reduce(torch.add, used) if used else torch.zeros_like(x[0]))
-        total = (self.w.softmax(0).view(-1, 1, 1, 1) * torch.stack(x[1:])).sum(0)
-        return x_0 + F.relu(self.norm(total.transpose(1, 2)))
+            parts = [edge(x_i) for edge, x_i in zip(row, active, strict=True) if edge.name != "none"]
+            x.append(functools.reduce(torch.add, parts) if parts else torch.zeros_like(x[0]))
+        total = torch.einsum("j,jbdt->btd", self.w.softmax(0), torch.stack(x[1:]))
+        return x_0 + F.relu(self.norm(total))
 
 
 class Student(nn.Module):
-    """Embedding, cells, and scores by the item vectors; `forward` is the contract of a model file."""
+    """Embedding, cells, and scores by the item vectors. `forward` is the contract of a model file."""
 
-    def __init__(self, item_count, max_length, dim, cells, dropout):
+    def __init__(self, num_items, max_length, dim, cells, dropout):
         super().__init__()
-        self.M = nn.Embedding(item_count + 1, dim, padding_idx=0)  # items, and scores by the same vectors
-        self.P = nn.Parameter(0.02 * torch.randn(max_length, dim))  # positions
+        self.M = nn.Embedding(num_items + 1, dim, padding_idx=0)  # item vectors, for input and for scores
+        self.P = nn.Parameter(0.02 * torch.randn(max_length, dim))  # position vectors
         self.dropout = nn.Dropout(dropout)
         self.cells = nn.ModuleList(cells)
         self.norm = nn.LayerNorm(dim)
@@ -132,7 +149,7 @@ class Student(nn.Module):
     def forward(self, users, items, *y):
         """users [B], items [B, T] -> hidden [K+1, B, T, d_S], output [B, T, d_S], item_vectors [V+1, d_S].
 
-        A supernet's cells need `y`, the choice of operations [E, |O|].
+        The cells of a supernet need `y` [E, |O|], the choice of operations.
         """
         # E_t = sqrt(d) M[s_t] + P_t
         x = math.sqrt(self.M.embedding_dim) * self.M(items) + self.P[: items.shape[1]]
@@ -142,109 +159,95 @@ class Student(nn.Module):
         return torch.stack(hidden), self.norm(self.dropout(hidden[-1])), self.M.weight
 
 
-def edge_index(i, j):
-    """Row of `alpha` and `y` of the edge from i to j: 0-1, 0-2, 1-2, 0-3, ...; (0, n + 1): their number."""
-    return j * (j - 1) // 2 + i
-
-
-def receptive_field(edges, cells=1):
-    """How many items the output of `cells` cells depends on; 0 if no node is reached by the cell's input."""
-    back = {"avg_pool": POOL - 1, "max_pool": POOL - 1, "skip": 0, "mean": 10**9}
-    back |= {o: taps[0] for o, taps in TAPS.items()}
-    reach = [0]  # how many items back node i looks; minus infinity where nothing of the input arrives
+def receptive_field(edges, num_cells=1):
+    """How many items the output of `num_cells` cells depends on; 0 if the input of a cell reaches no node."""
+    reach = [0]  # how many places back node i looks; -inf if the input does not reach it
     for row in edges:
-        reach.append(max(r + back.get(o, -math.inf) for o, r in zip(row, reach, strict=True)))
-    return 1 + cells * max(reach[1:]) if max(reach[1:]) >= 0 else 0
+        paths = [OPERATIONS[name].looks_back + reach_i for name, reach_i in zip(row, reach, strict=True)]
+        reach.append(max(paths))
+    return 1 + num_cells * max(reach[1:]) if max(reach[1:]) >= 0 else 0
 
 
 # ---- The supernet: every operation on every edge (section "Relaxation") ----------------------------------
 
 
 class MixedEdges(nn.Module):
-    """The edges from one node to `targets` later ones, each sum_o y_o o(x). All operations but APART are
-    convolutions, so their weighted sum is one, whose kernel is the weighted sum of theirs.
+    """The edges from one node to `num_targets` later ones: sum_o y_o o(x) each.
+
+    Convolutions are linear, so their weighted sum is one convolution. Its kernel is the weighted sum of their
+    kernels, and of the `weights` of functions. The other functions stand apart.
     """
 
-    APART = [OPERATIONS.index("max_pool"), OPERATIONS.index("mean")]
-
-    def __init__(self, dim, targets):
+    def __init__(self, dim, num_targets):
         super().__init__()
-        self.widths = [len(taps) for taps in TAPS.values()]
-        # the kernels of the convolutions side by side, taps last: [targets, d, d, 3 + 5 + 3 + 5]
-        self.kernels = nn.Parameter(torch.empty(targets, dim, dim, sum(self.widths)))
-        self.biases = nn.Parameter(torch.empty(targets, len(TAPS), dim))
-        for o, kernel in enumerate(self.kernels.data.split(self.widths, -1)):  # as nn.Conv1d starts
-            bound = 1 / math.sqrt(dim * self.widths[o])
+        self.learned = [name for name, operation in OPERATIONS.items() if not operation.function]
+        self.widths = [OPERATIONS[name].width for name in self.learned]
+        # the learned kernels side by side, and their biases
+        self.kernels = nn.Parameter(torch.empty(num_targets, dim, dim, sum(self.widths)))
+        self.biases = nn.Parameter(torch.empty(num_targets, len(self.learned), dim))
+        for n, kernel in enumerate(self.kernels.data.split(self.widths, -1)):
+            bound = 1 / math.sqrt(dim * self.widths[n])  # as nn.Conv1d starts
             kernel.uniform_(-bound, bound)
-            self.biases.data[:, o].uniform_(-bound, bound)
-        taps = torch.tensor([(o, REACH - back) for o, backs in enumerate(TAPS.values()) for back in backs])
-        self.register_buffer("operation", taps[:, 0])  # which operation a tap is of,
-        self.register_buffer("place", F.one_hot(taps[:, 1], REACH + 1).float())  # and its place when merged
-        self.register_buffer("average", (torch.arange(REACH + 1) > REACH - POOL) / POOL)
-        self.register_buffer("eye", torch.eye(dim))  # average pool and skip mix no channels
+            self.biases.data[:, n].uniform_(-bound, bound)
+        # the merged kernel has the newest place last: where each tap stands in it, and each of `weights`
+        self.reach = max(operation.looks_back for operation in OPERATIONS.values() if not operation.function)
+        places, fixed = [], torch.zeros(len(OPERATIONS), self.reach + 1)
+        for o, operation in enumerate(OPERATIONS.values()):
+            places += [self.reach - operation.dilation * back for back in reversed(range(operation.width))]
+            for back, weight in enumerate(reversed(operation.weights or [])):
+                fixed[o, self.reach - back] = weight
+        self.register_buffer("places", F.one_hot(torch.tensor(places), self.reach + 1).float())
+        self.register_buffer("fixed", fixed)
+        self.register_buffer("eye", torch.eye(dim))  # `weights` mix no channels
 
     def merge(self, y):
-        """The one kernel [targets, d, d, REACH + 1] and bias [targets, d] of choice y [targets, |O|]."""
-        kernel = (self.kernels * y[:, None, None, self.operation]) @ self.place
-        average, skip = (y[:, [OPERATIONS.index(o)]] for o in ("avg_pool", "skip"))
-        by_channel = average * self.average + skip * self.place[-1]  # [targets, REACH + 1]
-        kernel = kernel + self.eye[:, :, None] * by_channel[:, None, None]
-        return kernel, torch.einsum("jo,jod->jd", y[:, : len(TAPS)], self.biases)
+        """The kernel [targets, d, d, reach + 1] and the bias [targets, d] of the choice y [targets, |O|]."""
+        y_learned = y[:, [list(OPERATIONS).index(name) for name in self.learned]]
+        kernels = self.kernels.split(self.widths, -1)
+        weighted = [y_o[:, None, None, None] * part for y_o, part in zip(y_learned.T, kernels, strict=True)]
+        by_channel = torch.einsum("jp,cd->jcdp", y @ self.fixed, self.eye)
+        return torch.cat(weighted, -1) @ self.places + by_channel, torch.einsum(
+            "jo,jod->jd", y_learned, self.biases
+        )
 
     def forward(self, x, y):
         """x [B, d, T], nowhere negative; y [targets, |O|] -> [B, targets, d, T]."""
         kernel, bias = (part.flatten(0, 1) for part in self.merge(y))
-        # no operation looks 5 or 7 items back: a convolution of even taps and one of taps 3 and 1 cost less
-        linear = F.conv1d(F.pad(x, (REACH, 0)), kernel[..., ::2], bias, dilation=2)
-        linear += F.conv1d(F.pad(x, (3, -1)), kernel[..., -4::2], dilation=2)
-        y = y[:, self.APART].expand(len(x), -1, -1)  # [B, targets, 2]
-        # what no edge has chosen passes nothing to x; a GPU would wait for the answer
-        with torch.set_grad_enabled(not y.is_cpu or bool(y.any())):
-            apart = torch.stack([F.max_pool1d(F.pad(x, (POOL - 1, 0)), POOL, stride=1), running_mean(x)], 1)
-        # linear + y apart, as a product of matrices, so that its gradient is one, too
-        total = torch.baddbmm(linear.view(*y.shape[:2], -1), y, apart.flatten(2))
-        return total.view(*y.shape[:2], *x.shape[1:])
+        total = F.conv1d(F.pad(x, (self.reach, 0)), kernel, bias).unflatten(1, (len(y), -1))
+        for o, operation in enumerate(OPERATIONS.values()):
+            if operation.function and operation.weights is None:
+                total = total + torch.einsum("j,bdt->bjdt", y[:, o], operation.function(x))
+        return total
 
 
 class MixedCell(nn.Module):
     """A cell as `Cell`, with every operation on every edge, weighted by y [E, |O|]."""
 
-    def __init__(self, dim, nodes):
+    def __init__(self, dim, num_nodes):
         super().__init__()
-        self.sources = nn.ModuleList(MixedEdges(dim, nodes - i) for i in range(nodes))
-        self.w = nn.Parameter(torch.zeros(nodes))
+        self.sources = nn.ModuleList(MixedEdges(dim, num_nodes - i) for i in range(num_nodes))
+        self.w = nn.Parameter(torch.zeros(num_nodes))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x_0, y):  # [B, T, d], [E, |O|]
-        nodes = len(self.sources)
-        x = [x_0.transpose(1, 2)] + [0] * nodes  # each [B, d, T]
+        num_nodes = len(self.sources)
+        x = [x_0.transpose(1, 2)] + [0] * num_nodes  # each [B, d, T]
         for i, edges in enumerate(self.sources):
-            rows = [edge_index(i, j) for j in range(i + 1, nodes + 1)]
+            rows = [
+                j * (j - 1) // 2 + i for j in range(i + 1, num_nodes + 1)
+            ]  # y has 0-1, 0-2, 1-2, 0-3, ...
             for j, part in enumerate(edges(F.relu(x[i]), y[rows]).unbind(1), i + 1):
                 x[j] = x[j] + part
-        total = sum(share * x_j for share, x_j in zip(self.w.softmax(0), x[1:], strict=True))
-        return x_0 + F.relu(self.norm(total.transpose(1, 2)))
-
-    def derive(self, edges):
-        """The Cell with operations `edges`, and a copy of the weights that they have here."""
-        cell = Cell(self.norm.normalized_shape[0], edges)
-        cell.w, cell.norm = copy.deepcopy(self.w), copy.deepcopy(self.norm)
-        for j, row in enumerate(cell.operations, 1):
-            for i, operation in enumerate(row):
-                if operation.name in TAPS:
-                    o, source = list(TAPS).index(operation.name), self.sources[i]
-                    kernel = source.kernels.data[j - i - 1].split(source.widths, -1)[o]
-                    operation.convolution.weight.data = kernel.clone()
-                    operation.convolution.bias.data = source.biases.data[j - i - 1, o].clone()
-        return cell
+        total = torch.einsum("j,jbdt->btd", self.w.softmax(0), torch.stack(x[1:]))
+        return x_0 + F.relu(self.norm(total))
 
 
 def choose(alpha, tau, relaxation, rng):
     """y [E, |O|], the choice of an operation for each edge, differentiable in alpha [E, |O|].
 
-    `gumbel`: y = softmax((log_softmax(alpha) + g) / tau), g Gumbel noise, and forward the one-hot vector of
-    its largest entry (straight through), so that o is drawn with probability softmax(alpha)_o. `softmax`:
-    softmax(alpha), a mixture of all (DARTS, arXiv 1806.09055).
+    `gumbel`: y = softmax((log_softmax(alpha) + g) / tau) with Gumbel noise g. The forward pass has the
+    one-hot vector of its largest entry (straight-through), so softmax(alpha)_o is the probability of o.
+    `softmax`: y = softmax(alpha), a mixture of all operations (DARTS, arXiv 1806.09055).
     """
     if relaxation == "softmax":
         return alpha.softmax(-1)
@@ -254,108 +257,116 @@ def choose(alpha, tau, relaxation, rng):
     return hard + (soft - soft.detach())
 
 
-def derive(supernet, edges):
-    """The student with operations `edges` on a supernet's cells, and a copy of the weights it has there."""
-    student = copy.deepcopy(supernet)
-    student.cells = nn.ModuleList(cell.derive(edges) for cell in supernet.cells)
-    return student
-
-
 def best_edges(alpha):
-    """The architecture of alpha [E, |O|]: edges[j-1][i] is the operation of largest alpha_ij."""
-    names, edges = [OPERATIONS[o] for o in alpha.argmax(-1).tolist()], []
+    """The architecture of alpha [E, |O|]: edges[j-1][i] is the operation with the largest alpha_ij."""
+    names, edges = [list(OPERATIONS)[o] for o in alpha.argmax(-1).tolist()], []
     while names:
         edges.append([names.pop(0) for _ in range(len(edges) + 1)])
     return edges
 
 
+def derive(supernet, edges):
+    """The student with the operations `edges`, and a copy of the weights that they have in the supernet."""
+    student = copy.deepcopy(supernet)
+    for k, mixed in enumerate(supernet.cells):
+        cell = Cell(supernet.M.embedding_dim, edges)
+        cell.w, cell.norm = copy.deepcopy(mixed.w), copy.deepcopy(mixed.norm)
+        for j, row in enumerate(cell.edges, 1):
+            for i, edge in enumerate(row):
+                if not edge.operation.function:
+                    source = mixed.sources[i]
+                    n, target = source.learned.index(edge.name), j - i - 1
+                    kernel = source.kernels.data.split(source.widths, -1)[n][target]
+                    edge.convolution.weight.data = kernel.clone()
+                    edge.convolution.bias.data = source.biases.data[target, n].clone()
+        student.cells[k] = cell
+    return student
+
+
 # ---- L_cost ----------------------------------------------------------------------------------------------
 
 
-def operation_costs(dim, nodes):
-    """cost(o) [|O|], float64: half its share of parameters, half its share of multiply-adds, in units of the
-    dearest architecture of `nodes` nodes, all of whose edges are the dearest operation (ours). A pool counts
-    a multiply-add for each of the items it looks at, the mean, a running sum, one, skip and none nothing.
+def operation_costs(dim, num_nodes):
+    """cost(o) [|O|], float64: half the share of parameters, half the share of multiply-adds.
+
+    The shares are of the most expensive architecture with `num_nodes` nodes, which so costs 1 (ours).
     """
-    kernels = [len(TAPS.get(o, ())) * dim * dim for o in OPERATIONS]
-    parameters = [kernel + dim * (o in TAPS) for kernel, o in zip(kernels, OPERATIONS, strict=True)]
-    looked = {"avg_pool": POOL, "max_pool": POOL, "mean": 1}
-    multiply_adds = [k + dim * looked.get(o, 0) for k, o in zip(kernels, OPERATIONS, strict=True)]
+    operations = OPERATIONS.values()
+    parameters = [operation.width * dim * dim + dim * (not operation.function) for operation in operations]
+    multiply_adds = [operation.width * dim * dim + dim * operation.multiply_adds for operation in operations]
     shares = [torch.tensor(n, dtype=torch.float64) / max(n) for n in (parameters, multiply_adds)]
-    return (shares[0] + shares[1]) / 2 / edge_index(0, nodes + 1)
+    num_edges = num_nodes * (num_nodes + 1) // 2
+    return (shares[0] + shares[1]) / 2 / num_edges
 
 
 def cost_loss(p, costs):
     """L_cost = sum_edges sum_o p_o cost(o), the expected cost at p = softmax(alpha) [E, |O|]; costs [|O|].
 
-    The paper takes the drawn y for p: the same in the mean, but its gradient is as noisy as that of L_CE.
+    The paper has the drawn y for p. Its mean is the same, but its gradient is as noisy as that of L_CE.
     """
     return (p * costs).sum()
 
 
-# ---- L_CE and L_pred, L_emb and L_hid (as in emd_distill.py); L ------------------------------------------
+# ---- L_CE, L_pred, L_emb and L_hid, as in emd_distill.py -------------------------------------------------
 
 
-def item_losses(output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred):
-    """weight_ce L_CE + weight_pred L_pred, and both by themselves, for the log.
+class ItemLosses(torch.autograd.Function):
+    """weight_ce L_CE + weight_pred L_pred over all items; and L_CE and L_pred alone, for the log.
 
-    L_CE = -log p_target, L_pred = KL(q || p) = sum_i q_i log(q_i / p_i), means over the N real positions; p
-    is the student's softmax over the items, q the teacher's. output [N, d], item_vectors [V+1, d], target
-    [N]; output_T [N, e] and vectors_T [V+1, e] are read if weight_pred is not 0. The [N, V] scores are never
-    kept: a slice of positions at a time gives the loss and, in the same pass, its gradient.
-    """
-    states, vectors = output.detach(), item_vectors.detach()[1:]
-    d_output, d_item_vectors = torch.zeros_like(output), torch.zeros_like(item_vectors)
-    l_ce, l_pred = output.new_zeros(2, dtype=torch.float64)
-    rows = max(1, min(64, 2**23 // len(vectors)))  # a slice of at most 32 MiB, and small enough for a cache
-    for part in (slice(k, k + rows) for k in range(0, len(output), rows)):
-        here, z = target[part, None] - 1, states[part] @ vectors.T
-        p = z.softmax(1)  # the student's
-        log_sum = z.amax(1) - p.amax(1).log()  # of exp(z): log p = z - log_sum
-        l_ce += (log_sum - z.gather(1, here)[:, 0]).sum()
-        d_scores = p.mul_(weight_ce + weight_pred)
-        if weight_pred:
-            z_T = output_T[part] @ vectors_T[1:].T
-            q = z_T.softmax(1)  # the teacher's
-            log_sum_T = z_T.amax(1) - q.amax(1).log()
-            l_pred += (z_T.sub_(z).mul_(q).sum(1) + log_sum - log_sum_T).sum()
-            d_scores.sub_(q, alpha=weight_pred)
-        d_scores.scatter_add_(1, here, torch.full_like(here, -weight_ce, dtype=d_scores.dtype))
-        d_output[part] = d_scores @ vectors
-        d_item_vectors[1:].addmm_(d_scores.T, states[part])
-    # a number whose gradients are d_output and d_item_vectors; below it is given the value of the loss
-    loss = (output * d_output.div_(len(output))).sum()
-    loss = loss + (item_vectors * d_item_vectors.div_(len(output))).sum()
-    l_ce, l_pred = l_ce / len(output), l_pred / len(output)
-    return loss + (weight_ce * l_ce + weight_pred * l_pred - loss.detach()).to(loss), l_ce, l_pred
+    z and z_T are the scores [N, V] of student and teacher: z = output item_vectors^T. Then
 
+        L_CE = F.cross_entropy(z, target - 1)
+        L_pred = F.kl_div(z.log_softmax(1), z_T.softmax(1), reduction="batchmean")    KL(teacher || student)
 
-def sampled_item_losses(
-    output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred, negatives, log_count
-):
-    """`item_losses` estimated by the target and `negatives` [k] alone, which a batch shares.
-
-    Each stands for the items that are not drawn, so its score is lowered by `log_count` [k], the log of how
-    often it is expected among the k (Bengio and Senecal, 2008). The position's target is left out there.
+    The scores never exist at once. A slice of rows gives its part of the losses and of their gradient.
     """
 
-    def log_softmax(output, vectors):  # the target first: [N, 1 + k]
-        own = (output * F.embedding(target, vectors)).sum(1, keepdim=True)
-        others = output @ F.embedding(negatives, vectors).T - log_count.to(output)
-        others = others.masked_fill(target[:, None] == negatives, -1e9)  # of 0 - 0 inf, L_pred would be NaN
-        return torch.cat([own, others], 1).log_softmax(1)
+    @staticmethod
+    def forward(ctx, output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred):
+        """output [N, d], item_vectors [V+1, d], target [N]; output_T [N, e], vectors_T [V+1, e] or None."""
+        vectors, N = item_vectors[1:], len(output)
+        d_output, d_vectors = torch.zeros_like(output), torch.zeros_like(item_vectors)
+        l_ce, l_pred = output.new_zeros(2, dtype=torch.float64)
+        rows = max(1, min(64, 2**23 // len(vectors)))  # a slice is at most 32 MiB, and fits the cache
+        for part in (slice(n, n + rows) for n in range(0, N, rows)):
+            one = target[part, None] - 1
+            log_p = (output[part] @ vectors.T).log_softmax(1)  # of the student
+            l_ce -= log_p.gather(1, one).sum()
+            # dL/dz = (weight_ce + weight_pred) p - weight_ce onehot(target) - weight_pred q
+            d_z = (weight_ce + weight_pred) * log_p.exp()
+            d_z.scatter_add_(1, one, torch.full_like(one, -weight_ce, dtype=d_z.dtype))
+            if weight_pred:
+                log_q = (output_T[part] @ vectors_T[1:].T).log_softmax(1)  # of the teacher
+                q = log_q.exp()
+                l_pred += (q * (log_q - log_p)).sum()
+                d_z -= weight_pred * q
+            d_output[part] = d_z @ vectors
+            d_vectors[1:] += d_z.T @ output[part]
+        ctx.save_for_backward(d_output / N, d_vectors / N)
+        ctx.mark_non_differentiable(l_ce, l_pred)
+        return ((weight_ce * l_ce + weight_pred * l_pred) / N).to(output), l_ce / N, l_pred / N
 
-    log_p = log_softmax(output, item_vectors)
-    l_ce, l_pred = -log_p[:, 0].mean(), log_p.new_zeros(())
-    if weight_pred:
-        log_q = log_softmax(output_T, vectors_T)
-        l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
-    return weight_ce * l_ce + weight_pred * l_pred, l_ce.detach(), l_pred.detach()
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        return *(d_loss * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+
+
+def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
+    """Log-probabilities [N, 1 + k] of the target, in column 0, and of the `negatives` [k] of a batch.
+
+    A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
+    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target does not count.
+    """
+    target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
+    scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
+    scores = scores.masked_fill(target[:, None] == negatives, -1e9)  # not -inf: KL has 0 (-inf - -inf) = NaN
+    return torch.cat([target_score, scores], 1).log_softmax(1)
 
 
 def kl_distances(student, teacher):
-    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T];
-    student [L_S, N, d_T], already projected, and teacher [L_T, N, d_T].
+    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T].
+
+    student [L_S, N, d_T] is already projected; teacher [L_T, N, d_T].
     """
     log_p, log_q = student.log_softmax(-1).flatten(1), teacher.log_softmax(-1).flatten(1)
     q = log_q.exp()
@@ -363,326 +374,364 @@ def kl_distances(student, teacher):
 
 
 def transport(student_weights, teacher_weights, distance):
-    """The flow F [L_S, L_T] of least cost: min sum_ij F_ij D_ij, F >= 0, rows sum to w^S, columns to w^T;
-    weights [L_S] and [L_T], each of sum 1, distance [L_S, L_T], float64 arrays.
+    """The cheapest flow [L_S, L_T]: min sum_ij F_ij D_ij, F >= 0, with row sums w^S and column sums w^T.
+
+    student_weights [L_S] and teacher_weights [L_T] sum to 1. distance [L_S, L_T]. All are float64 arrays.
     """
     if not np.isfinite(distance).all():
         sys.exit("a distance between layers is not finite; lower --learning-rate")
     rows, columns = distance.shape
-    # sums of the flow, row after row: its rows, and its columns but the last, which follows from the others
+    # A maps the flow, row after row, to its row sums and column sums; the last one follows from the others
     A = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))[:-1]])
-    b = np.concatenate([student_weights, teacher_weights[:-1]])
-    solved = linprog(distance.ravel() / max(np.abs(distance).max(), 1e-300), A_eq=A, b_eq=b, method="highs")
-    if solved.status != 0:
-        sys.exit(f"the transport between layers could not be solved: {solved.message}")
-    return solved.x.reshape(distance.shape)
+    sums = np.concatenate([student_weights, teacher_weights[:-1]])
+    scale = max(np.abs(distance).max(), 1e-300)
+    solution = linprog(distance.ravel() / scale, A_eq=A, b_eq=sums, method="highs")
+    if solution.status != 0:
+        sys.exit(f"the transport between layers could not be solved: {solution.message}")
+    return solution.x.reshape(distance.shape)
 
 
 def emd_loss(distance, flow):
-    """L_hid = sum_ij F_ij D_ij. F is held constant: the gradient of the least cost with respect to D is F."""
+    """L_hid = sum_ij F_ij D_ij with a constant flow F: at the optimum F is the gradient with respect to D."""
     return (torch.as_tensor(flow).to(distance) * distance).sum()
 
 
 def updated_weights(weights, paid, tau_w=10.0):
-    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with unit cost c_i = paid_i / w_i;
-    weights [L] positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i is taken as a
-    hundredth of the sum at least: 0 would divide by zero, and a tiny one would take all the weight.
+    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = paid_i / w_i.
+
+    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i counts as 1/100 of
+    the sum at least: 0 would divide by zero, and a tiny c_i would take all the weight.
     """
     c = paid / weights
     if c.sum() <= 0:
         return np.full(len(weights), 1 / len(weights))
-    quotient = c.sum() / np.maximum(c, c.sum() / 100) / tau_w
-    e = np.exp(quotient - quotient.max())
-    return e / e.sum()
+    return special.softmax(c.sum() / np.maximum(c, c.sum() / 100) / tau_w)
 
 
-def L(student, teacher, target, negatives, W, w, p, costs, args):
-    """L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred) + beta L_cost.
+def distillation_loss(student, teacher, target, negatives, W, layer_weights, gamma, distances, flow_of):
+    """(1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred); without a teacher, L_CE.
 
-    student: hidden [K+1, N, d_S], output [N, d_S], item_vectors [V+1, d_S]; teacher alike, or None: gamma 0;
-    target [N]; negatives: () or negatives and log_count [k]; W = W_e, W_h map d_S to d_T; w = w_S [K] and
-    w_T [L_T], layer weights; p [E, |O|]; costs [|O|]. Returns L; L_CE, L_cost, L_emb, L_hid, L_pred; the flow
-    [K, L_T]; w of the next step.
+    student: hidden [L_S+1, N, d_S], output [N, e], item_vectors [V+1, e]; teacher the same, or None. target
+    [N]. negatives: () for all items, or negatives [k] and log_count [k]. W: W_e and W_h, from d_S to d_T.
+    layer_weights: w^S [L_S] and w^T [L_T]. flow_of(w^S, w^T, D) is the flow at distances D = distances(H^S,
+    H^T). Returns the loss; its terms by name; the flow [L_S, L_T]; the layer weights of the next step.
     """
     hidden, output, item_vectors = student
     hidden_T, output_T, vectors_T = teacher or (None, None, None)
-    gamma, l_cost = args.gamma if teacher else 0.0, cost_loss(p, costs)
-    # (1 - gamma) L_CE + gamma L_pred, in one pass over the scores
-    scored = output, item_vectors, target, output_T, vectors_T, 1 - gamma, gamma
-    of_items = sampled_item_losses if negatives else item_losses
-    loss, l_ce, l_pred = of_items(*scored, *negatives)
+    gamma = gamma if teacher else 0.0
+    if negatives:
+        log_p = sampled_log_softmax(output, item_vectors, target, *negatives)
+        l_ce, l_pred = -log_p[:, 0].mean(), torch.zeros(())
+        if teacher:
+            log_q = sampled_log_softmax(output_T, vectors_T, target, *negatives)
+            l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+        loss = (1 - gamma) * l_ce + gamma * l_pred
+    else:
+        scored = output, item_vectors, target, output_T, vectors_T
+        loss, l_ce, l_pred = ItemLosses.apply(*scored, 1 - gamma, gamma)
     if not teacher:
-        return loss + args.beta * l_cost, [l_ce, l_cost], np.zeros(0), w
-    l_emb = F.mse_loss(W[0](hidden[0]), hidden_T[0])
-    distance = kl_distances(W[1](hidden[1:]), hidden_T[1:])
-    D = mean_of_all(distance, len(output))
-    flow = transport(*w, D)
-    w = updated_weights(w[0], (flow * D).sum(1)), updated_weights(w[1], (flow * D).sum(0))
-    l_hid = emd_loss(distance, flow)
-    loss = loss + gamma * (l_emb + l_hid) + args.beta * l_cost
-    return loss, [l_ce, l_cost, l_emb, l_hid, l_pred], flow, w
+        return loss, {"L_CE": l_ce}, np.zeros(0), layer_weights
+    W_e, W_h = W
+    l_emb = F.mse_loss(W_e(hidden[0]), hidden_T[0])
+    D = distances(W_h(hidden[1:]), hidden_T[1:])
+    # the mean over the positions of all processes, as a float64 array
+    sums = [D.detach().double().cpu() * len(target), torch.tensor(len(target), dtype=torch.float64)]
+    sum_over_processes(sums)
+    cost = (sums[0] / sums[1]).numpy()
+    flow = flow_of(*layer_weights, cost)
+    l_hid = emd_loss(D, flow)
+    paid = (flow * cost).sum(1), (flow * cost).sum(0)
+    layer_weights = [updated_weights(*pair) for pair in zip(layer_weights, paid, strict=True)]
+    terms = {"L_CE": l_ce, "L_emb": l_emb, "L_hid": l_hid, "L_pred": l_pred}
+    return loss + gamma * (l_emb + l_hid), terms, flow, layer_weights
+
+
+def ask_teacher(teacher, ids, inputs, real, batch, answers):
+    """hidden [L_T+1, N, d_T], output [N, e] and item vectors of the teacher, at the `real` positions.
+
+    With a dictionary `answers`, it keeps the answers by user, and asks no second time for users it knows.
+    """
+    if answers is not None and answers.keys() >= set(batch):
+        hidden, output = zip(*(answers[user] for user in batch), strict=True)
+        return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
+    hidden, output, item_vectors = teacher(ids, inputs)
+    hidden, output = hidden[:, real], output[real]
+    if answers is not None:
+        lengths, answers["item_vectors"] = real.sum(1).tolist(), item_vectors
+        answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
+    return hidden, output, item_vectors
 
 
 # ---- The search ------------------------------------------------------------------------------------------
 
 
-def search(args):
-    """Search, and write the architecture, the student with the weights it has there, and the log."""
-    began = time.time()
+def set_up(args):
+    """Data, training histories, teacher, supernet, alpha, projections W, layer weights and optimizer."""
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    user_ids, starts, items = read_interactions(args.data)
-    last_ids, max_length = (int(user_ids.max()), int(items.max())), args.max_length or 50
-    teacher, W, w = None, None, None
+    data, teacher, config = read_interactions(args.data), None, {"max_length": 50}
     if args.teacher and args.gamma > 0:
-        teacher, config = load_model(args.teacher, *last_ids, args.data, args.max_length or 1, layers=1)
-        max_length = args.max_length or config["max_length"]
-    users, begin, end, judged = training_part(args.data, starts, max_length, rng)
-    join(args, len(users), len(judged))
-    teacher = teacher and module_of(teacher, args.device).requires_grad_(False)
-    Q = proposal(items, begin, end) if args.negatives else None
-    answers = {} if args.remember else None
-
+        teacher, config = load_model(args.teacher, data, args.device)
+        teacher.requires_grad_(False)
+    max_length = args.max_length or config["max_length"]
+    if teacher and (config["max_length"] < max_length or config["layers"] < 1):
+        sys.exit(f"{args.teacher} must read {max_length} items and have a layer after the embedding")
+    histories, validation_users = training_part(data, max_length, args.seed)
+    join_processes(args, len(histories.users), len(validation_users))
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
-    model = Student(last_ids[1], max_length, args.dim, cells, args.dropout).to(args.device)
-    costs = operation_costs(args.dim, args.nodes).float().to(args.device)
-    alpha = torch.tensor([0.0 if o in args.operations else -1e9 for o in OPERATIONS], device=args.device)
-    alpha = nn.Parameter(alpha.repeat(edge_index(0, args.nodes + 1), 1))
-    learned = list(model.parameters())
+    supernet = Student(int(data.items.max()), max_length, args.dim, cells, args.dropout).to(args.device)
+    alpha = torch.tensor(
+        [0.0 if name in args.operations else -1e9 for name in OPERATIONS], device=args.device
+    )
+    alpha = nn.Parameter(alpha.repeat(args.nodes * (args.nodes + 1) // 2, 1))
+    W, layer_weights = nn.ModuleList(), []
     if teacher:
-        W = [nn.Linear(args.dim, config["dim"]).to(args.device) for _ in range(2)]  # W_e and W_h
-        w = [np.full(layers, 1 / layers) for layers in (args.cells, config["layers"])]
-        learned += [*W[0].parameters(), *W[1].parameters()]
-    groups = [{"params": learned}, {"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
+        W = nn.ModuleList(nn.Linear(args.dim, config["dim"]) for _ in range(2)).to(args.device)
+        layer_weights = [np.full(layers, 1 / layers) for layers in (args.cells, config["layers"])]
+    groups = [{"params": [*supernet.parameters(), *W.parameters()]}]
+    groups += [{"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
-    print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    length = end - begin - 1
-    steps, positions = math.ceil(len(users) / args.batch_size), int(length.sum())
-    trained = model, nn.ParameterList([alpha]), *(W or ()), optimizer
-    run, past = load_checkpoint(args, trained)
-    log, w = past.get("log", []), [x.numpy() for x in past.get("w", ())] or w
-    began -= sum(line["seconds"] for line in log)
-    for epoch in range(len(log) + 1, args.epochs + 1):
-        tau = 0.8 ** ((epoch - 1) // 5)  # anneals from 1, a fifth less every 5 epochs
-        rng, total, flows, tick = random_numbers(args.seed, epoch), 0, 0, time.time()
-        for step, batch in enumerate(batches_of_like_length(length, args.batch_size, rng), 1):
-            mine = batch[share()]
-            ids = torch.from_numpy(user_ids[users[mine]]).to(args.device)
-            inputs = pad_batch(items, begin[mine], end[mine] - 1)
-            targets = pad_batch(items, begin[mine] + 1, end[mine])
-            inputs, real = inputs.to(args.device), inputs > 0
-            # at first alpha waits, and y is the mixture of all: kernels learn before they are chosen among
-            waits, p = epoch <= args.alpha_warm_up, alpha.softmax(-1)
-            y = p.detach() if waits else choose(alpha, tau, args.relaxation, rng)
-            made = at_real(model(ids, inputs, y), real)
-            drawn = draw_shared(Q, args.negatives, rng) if args.negatives else ()
-            target, *negatives = (x.to(args.device) for x in (targets[real], *drawn))
-            taught = ask(teacher, ids, inputs, real, mine, answers) if teacher else None
-            loss, parts, flow, w = L(made, taught, target, negatives, W, w, p, costs, args)
+    return data, histories, teacher, supernet, alpha, W, layer_weights, optimizer
+
+
+def search(args):
+    """Train `alpha` and the weights; write the architecture, the student with its weights, and the log."""
+    data, histories, teacher, supernet, alpha, W, layer_weights, optimizer = set_up(args)
+    costs = operation_costs(args.dim, args.nodes).float().to(args.device)
+    lengths = histories.end - histories.begin - 1  # targets of each history
+    num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
+    shared = SharedNegatives(data, histories) if args.negatives else None
+    answers = {} if args.remember else None
+    run = Run(args, data, [supernet, nn.ParameterList([alpha]), W, optimizer])
+    layer_weights = [np.array(weights) for weights in run.state.get("layer_weights", layer_weights)]
+    for epoch in range(len(run.log) + 1, args.epochs + 1):
+        start, total, flows = time.time(), 0, 0
+        tau = 0.8 ** ((epoch - 1) // 5)  # from 1, a fifth less every 5 epochs
+        alpha_waits = epoch <= args.alpha_warm_up
+        rng, batches = epoch_batches(lengths, args.batch_size, args.seed, epoch)
+        for batch in batches:
+            local = batch[RANK::PROCESSES]  # the rows of this process
+            ids, inputs, real, target = batch_of(data, histories, local, args.device)
+            # while alpha waits, y is the mixture of all operations: kernels learn before alpha chooses
+            p = alpha.softmax(-1)
+            y = p.detach() if alpha_waits else choose(alpha, tau, args.relaxation, rng)
+            hidden, output, item_vectors = supernet(ids, inputs, y)
+            student = hidden[:, real], output[real], item_vectors
+            taught = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
+            negatives = [x.to(args.device) for x in shared.draw(args.negatives, rng)] if shared else ()
+            settings = W, layer_weights, args.gamma, kl_distances, transport
+            loss, terms, flow, layer_weights = distillation_loss(
+                student, taught, target, negatives, *settings
+            )
+            terms["L_cost"] = cost_loss(p, costs)
+            loss = loss + args.beta * terms["L_cost"]
             optimizer.zero_grad()
-            # a mean over positions: weighed by how many, or short histories would count as much as long ones
-            (loss * len(target) * steps / positions).backward()
-            if waits:
+            # the loss is a mean over the batch: with this factor each position of the epoch counts alike
+            (loss * len(target) * num_batches / num_positions).backward()
+            if alpha_waits:
                 alpha.grad = None
-            add_up([weight.grad for group in groups for weight in group["params"]])
+            sum_over_processes(
+                [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+            )
             optimizer.step()
-            total = total + len(target) * torch.stack([part.detach().double() for part in parts])
-            flows = flows + length[batch].sum() * flow
-            if sys.stdout.isatty():
-                print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
-        edges, p = best_edges(alpha), alpha.detach().softmax(-1)
-        add_up([total])
+            total = total + len(target) * torch.stack([term.detach().double() for term in terms.values()])
+            flows = flows + lengths[batch].sum() * flow
+        sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
-        means = (total / positions).tolist()
-        means = zip(("L_CE", "L_cost", "L_emb", "L_hid", "L_pred"), means, strict=False)
-        log += [{"epoch": epoch} | dict(means) | {"tau": tau, "seconds": time.time() - tick}]
-        log[-1] |= {"sure": p.max(-1).values.mean().item()}
-        log[-1] |= {"edges": edges, "alpha": alpha.tolist(), "flow": (flows / positions).tolist()}
-        report(args.out, log, args.epochs - epoch, began, f"  {edges_text(edges)}")
-        save_checkpoint(args.out, run, trained, log=log, w=[torch.tensor(x) for x in w or ()])
-    save_student(args, derive(model, best_edges(alpha)), best_edges(alpha), max_length)
-    complete(args.out)
+            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
+        line = {"epoch": epoch, **dict(zip(terms, (total / num_positions).tolist(), strict=True)), "tau": tau}
+        line |= {"seconds": time.time() - start, "sure": alpha.softmax(-1).amax(-1).mean().item()}
+        edges = best_edges(alpha)
+        line |= {"edges": edges, "alpha": alpha.tolist(), "flow": (flows / num_positions).tolist()}
+        if epoch == args.epochs:
+            save_student(args, run, derive(supernet, edges), edges)
+        weights = [weights.tolist() for weights in layer_weights]
+        run.end_epoch(line, args.epochs - epoch, ";".join(map(",".join, edges)), layer_weights=weights)
 
 
-def edges_text(edges):
-    """An architecture in a line: nodes apart by `;`, their edges' operations by `,`."""
-    return ";".join(",".join(row) for row in edges)
+def save_student(args, run, student, edges):
+    """Write the architecture OUT, and the student beside it, as .pt2."""
+    num_cells, (max_length, dim) = len(student.cells), student.P.shape
+    architecture = {"cells": num_cells, "nodes": len(edges), "dim": dim, "edges": edges}
+    config = {"architecture": architecture, "items": len(student.M.weight) - 1, "max_length": max_length}
+    program = export(student.cpu(), max_length)
+    run.save_model(Path(args.out).with_suffix(".pt2"), program, student, **config)
+    write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
+    costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges)).tolist(), strict=True))
+    cost = sum(costs[name] for row in edges for name in row)
+    sees = min(receptive_field(edges, num_cells), max_length)
+    print(f"{args.out}: {';'.join(map(','.join, edges))}; cost {cost:.3f}, sees {sees} items")
 
 
-def random_edges(nodes, operations, costs, cost, rng):
-    """Uniformly drawn edges of a cost within 10 % of `cost`, or of any if that is infinite; costs [|O|]."""
+def random_edges(num_nodes, names, costs, cost, rng):
+    """Random edges, with a cost within 10 % of `cost`, or any if `cost` is infinite; costs [|O|]."""
+    choices = [list(OPERATIONS).index(name) for name in names]
     for _ in range(100_000):
-        drawn = rng.choice([OPERATIONS.index(o) for o in operations], edge_index(0, nodes + 1))
+        drawn = rng.choice(choices, num_nodes * (num_nodes + 1) // 2)
         edges = best_edges(np.eye(len(OPERATIONS))[drawn])
         if abs(costs[drawn].sum() - cost) <= cost / 10 and receptive_field(edges):
             return edges
-    sys.exit(f"--random {cost}: no architecture of such a cost was found; it lies between 0 and 1")
-
-
-def read_architecture(path):
-    """Cells, features and edges in an architecture file; ends unless the edges carry the input somewhere."""
-    try:
-        found = json.loads(Path(path).read_text())
-        cells, dim, edges = int(found["cells"]), int(found["dim"]), found["edges"]
-        known = [len(row) == j and set(row) <= set(OPERATIONS) for j, row in enumerate(edges, 1)]
-        if min(cells, dim) < 1 or not all(known) or not receptive_field(edges):
-            raise ValueError(f"edges[j-1] needs j of {', '.join(OPERATIONS)}, and the input must arrive")
-    except (ValueError, TypeError, KeyError) as error:
-        sys.exit(f"{path} is no architecture; {type(error).__name__}: {error}")
-    return cells, dim, edges
-
-
-def save_student(args, student, edges, max_length):
-    """Write the architecture OUT, and the student beside it, as .pt2."""
-    cells, dim = len(student.cells), student.M.embedding_dim
-    architecture = {"cells": cells, "nodes": len(edges), "dim": dim, "edges": edges}
-    config = {"architecture": architecture, "items": len(student.M.weight) - 1, "max_length": max_length}
-    out, program = Path(args.out).with_suffix(".pt2"), export(student.cpu(), max_length)
-    save_model(args, out, program, student, None, **config)
-    write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
-    cost = operation_costs(dim, len(edges))[[OPERATIONS.index(o) for row in edges for o in row]].sum()
-    sees = min(receptive_field(edges, cells), max_length)
-    print(f"{args.out}: {edges_text(edges)}; cost {cost:.3f}, sees {sees} items")
+    sys.exit(f"--random {cost}: no architecture of this cost was found; costs lie between 0 and 1")
 
 
 def build(args):
-    """No search: write --architecture, or one that is drawn by --random, with random weights."""
-    if int(os.environ.get("RANK", 0)):
-        return  # of torchrun's processes one is enough
+    """No search: write the architecture --architecture, or one of --random, with random weights."""
+    if RANK:  # one process is enough
+        return
     torch.manual_seed(args.seed)
-    cells, dim, max_length = args.cells, args.dim, args.max_length or 50
+    data, num_cells, dim, max_length = (
+        read_interactions(args.data),
+        args.cells,
+        args.dim,
+        args.max_length or 50,
+    )
     if args.architecture:
-        cells, dim, edges = read_architecture(args.architecture)
+        try:
+            architecture = json.loads(Path(args.architecture).read_text())
+            num_cells, dim, edges = (
+                int(architecture["cells"]),
+                int(architecture["dim"]),
+                architecture["edges"],
+            )
+            known = all(len(row) == j and set(row) <= set(OPERATIONS) for j, row in enumerate(edges, 1))
+            if min(num_cells, dim) < 1 or not known or not receptive_field(edges):
+                raise ValueError(f"edges[j-1] needs j of {', '.join(OPERATIONS)}, and a path from the input")
+        except (ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{args.architecture} is no architecture; {type(error).__name__}: {error}")
     else:
-        costs = operation_costs(dim, args.nodes).numpy()
-        rng = np.random.default_rng(args.seed)
+        costs, rng = operation_costs(dim, args.nodes).numpy(), np.random.default_rng(args.seed)
         edges = random_edges(args.nodes, args.operations, costs, args.random, rng)
-    item_count = int(read_interactions(args.data)[2].max())
-    student = Student(item_count, max_length, dim, [Cell(dim, edges) for _ in range(cells)], args.dropout)
-    save_student(args, student, edges, max_length)
+    cells = [Cell(dim, edges) for _ in range(num_cells)]
+    student = Student(int(data.items.max()), max_length, dim, cells, args.dropout)
+    save_student(args, Run(args, data), student, edges)
 
 
-def at_real(made, real):
-    """hidden [L+1, N, d], output [N, e] and item vectors of a batch, of its N real positions alone."""
-    hidden, output, item_vectors = made
-    return hidden[:, real], output[real], item_vectors
+class SharedNegatives:
+    """Draws negatives that a whole batch shares.
 
-
-def proposal(items, begin, end):
-    """Q [V+1], how likely an item is drawn as a negative that a batch shares: half of Q is uniform, half as
-    the item is frequent in items[begin[k]:end[k]], the training histories.
+    Q [V+1] is the probability of each item: half its share of the training items, half uniform.
     """
-    training = np.concatenate([items[b:e] for b, e in zip(begin, end, strict=True)])
-    Q = (np.bincount(training, minlength=items.max() + 1) / len(training) + 1 / items.max()) / 2
-    Q[0] = 0
-    return Q
+
+    def __init__(self, data, histories):
+        items = np.concatenate([data.items[b:e] for b, e in zip(histories.begin, histories.end, strict=True)])
+        num_items = data.items.max()
+        self.Q = (np.bincount(items, minlength=num_items + 1) / len(items) + 1 / num_items) / 2
+        self.Q[0] = 0  # padding
+
+    def draw(self, k, rng):
+        """`k` items, with replacement, and the log of their expected counts: tensors [k]."""
+        drawn = rng.choice(len(self.Q), k, p=self.Q)
+        return torch.from_numpy(drawn), torch.from_numpy(np.log(k * self.Q[drawn]))
 
 
-def draw_shared(Q, k, rng):
-    """`k` items drawn from Q, with replacement, and the log of how often each is expected among them: [k]."""
-    drawn = rng.choice(len(Q), k, p=Q)
-    return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
+def with_dropout(module, on):
+    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
 
-
-def ask(teacher, ids, inputs, real, batch, answers):
-    """What the teacher says at the `real` positions of users `batch`: hidden states, output, item vectors.
-
-    If `answers` is a dictionary, it keeps them, user by user, and a batch of known users is not asked again.
+    Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
+    stays as it was exported.
     """
-    if answers is None:
-        return at_real(teacher(ids, inputs), real)
-    if not answers.keys() >= set(batch):
-        hidden, output, answers["item_vectors"] = at_real(teacher(ids, inputs), real)
-        lengths = real.sum(1).tolist()
-        answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
-    hidden, output = zip(*(answers[user] for user in batch), strict=True)
-    return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
+    aten = torch.ops.aten
+    place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
+    for node in module.graph.nodes:
+        if node.target in place:
+            node.update_arg(place[node.target], on)
+    module.recompile()
+    return module
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
+
+# The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
+# items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
+# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
+Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
-    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
+    Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
-    array = str(path).endswith(".npy")
+    is_text = not str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an empty file, which is told below
-            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+            warnings.simplefilter("ignore")  # numpy warns of an empty file
+            table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
-        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
-        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
-        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
-        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds, so look for the first bad line
+        lines = enumerate(Path(path).read_text(errors="replace").splitlines() if is_text else [], 1)
+        good = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?").fullmatch
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not good(line)), "")
+        sys.exit(f"{path}{bad}: a row must be `user item`, two ids from 1 (data/README.md)")
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
+        sys.exit(f"{path}: the rows of a user must stand together, oldest first")
+    sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
+    user_ids, starts = users[first].astype(int), np.append(first, len(users))
+    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
+    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
 
 
-def leave_one_out(starts):
-    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
-    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
+def training_part(data, max_length, seed, most=10_000):
+    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+
+    A history is the last max_length + 1 training items of a user who has two or more. If there are more than
+    `most` users to validate on, `most` of them are drawn.
     """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
-
-
-def training_part(path, starts, max_length, rng, judges=10_000):
-    """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
-    """
-    train_end, evaluated = leave_one_out(starts)
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
-    judged = np.flatnonzero(evaluated)
-    if len(users) == 0 or len(judged) == 0:
-        sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > judges:
-        judged = np.sort(rng.choice(judged, judges, replace=False))
-    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
+    users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
+    validation_users = np.flatnonzero(data.evaluated)
+    if len(users) == 0 or len(validation_users) == 0:
+        sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
+    if len(validation_users) > most:
+        rng = np.random.default_rng(seed)
+        validation_users = np.sort(rng.choice(validation_users, most, replace=False))
+    end = data.train_end[users]
+    return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end), validation_users
 
 
 def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
+    """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = places < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
 
 
-def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
-    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
+def batch_of(data, histories, batch, device):
+    """User ids [B], inputs [B, T], which inputs are real [B, T] (on the CPU), and the next items [N]."""
+    users, begin, end = (column[batch] for column in histories)
+    inputs, targets = pad_batch(data.items, begin, end - 1), pad_batch(data.items, begin + 1, end)
+    real, ids = inputs > 0, torch.from_numpy(data.user_ids[users])
+    return ids.to(device), inputs.to(device), real, targets[real].to(device)
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """The generator of this epoch, the same in every process, and the epoch's batches, arrays of indices.
+
+    Histories of a batch have similar `lengths` [N], so there is little padding. To this end groups of 64
+    shuffled batches (at most a quarter of all, so that epochs differ) are sorted by length.
     """
-    order = rng.permutation(len(length))
-    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
-    chunks = [order[k : k + window] for k in range(0, len(order), window)]
-    order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = np.array_split(order, math.ceil(len(order) / batch_size))
-    return [batches[k] for k in rng.permutation(len(batches))]
-
-
-# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
-
-
-def random_numbers(seed, epoch):
-    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
     rng = np.random.default_rng([seed, epoch])
-    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
-    return rng
+    torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
+    order = rng.permutation(len(lengths))
+    group = batch_size * max(1, min(64, len(lengths) // batch_size // 4))
+    groups = [order[k : k + group] for k in range(0, len(order), group)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
-def join(args, rows, judged):
-    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
-    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
-    """
+# ---- Several processes (torchrun): each takes its part of every batch, gradients are added up ------------
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(args, num_histories, num_validation_users):
+    """Join the processes that torchrun has started. Without torchrun, do nothing."""
     if "RANK" not in os.environ:
         return
     try:
@@ -690,46 +739,29 @@ def join(args, rows, judged):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"RANK is set, but torchrun's processes do not meet: {error}".splitlines()[0])
-    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
-        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
-    if dist.get_rank():
+        sys.exit(f"RANK is set, but the processes of torchrun do not meet: {error}".splitlines()[0])
+    smallest_batch = num_histories // math.ceil(num_histories / args.batch_size)
+    if min(smallest_batch, num_validation_users) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get nothing of a batch")
+    if RANK:
         sys.stdout = io.StringIO()  # one process prints
 
 
-def share():
-    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
-    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
-
-
-def add_up(tensors):
-    """Add up each of `tensors`, of one type, over all processes, in place; None stays None."""
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over all processes. The tensors have one type. None stays None."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
-        total = torch.cat([tensor.flatten() for tensor in tensors])  # one message: each has to be waited for
+        total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
         dist.all_reduce(total)
-        for tensor, part in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        nn.utils.vector_to_parameters(total, tensors)
 
 
-def mean_of_all(mean, count):
-    """The mean over all processes' positions, of this one's `mean` over its `count`: a float64 array."""
-    sums = [mean.detach().double().cpu() * count, torch.tensor(float(count), dtype=torch.float64)]
-    add_up(sums)
-    return (sums[0] / sums[1]).numpy()
-
-
-# ---- Files ---------------------------------------------------------------------------------------------
-
-
-def sha256_of(path):
-    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+# ---- Files -----------------------------------------------------------------------------------------------
 
 
 def write(path, content):
-    """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    if share().start:  # one process writes
+    """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
+    if RANK:  # one process writes
         return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -737,184 +769,165 @@ def write(path, content):
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
+        temporary.unlink(missing_ok=True)  # after a full disk or Ctrl-C
 
 
 def export(model, max_length):
-    """The program of `model`, with its parameters, for any number of users and up to `max_length` items."""
+    """The program of `model`, with a copy of its weights. It takes histories of up to `max_length` items."""
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
     example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
-    return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
+    shapes = {0: batch}, {0: batch, 1: length}
+    return torch.export.export(copy.deepcopy(model).eval(), example, dynamic_shapes=shapes)
 
 
-def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
-    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
-    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
+def load_model(path, data, device, any_data=False):
+    """The module of a model file on `device`, with dropout off, and its config.
+
+    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
+    or users than `data`, or was trained on other data, unless `any_data`.
     """
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
-    file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
+    file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
     try:
         if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
         file.seek(0)
         program = torch.export.load(file, extra_files=extra)
+        with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
-            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
-        if config["max_length"] < max_length or len(hidden) <= layers:
-            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
-        if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
+        example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
+        hidden, output, vectors = program.module()(*example)
+        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
-    except Exception as error:  # whatever unpickling meets in a file of another kind
+        module = move_to_device_pass(program, device).module()
+    except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
-def module_of(program, device):
-    """The module of a loaded program, on `device`, where it then makes its constants, too."""
-    module = program.module().to(device)
+class Run:
+    """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    def there(x):
-        return torch.device(device) if isinstance(x, torch.device) else x
-
-    for part in module.modules():
-        vars(part).update({k: x.to(device) for k, x in vars(part).items() if isinstance(x, torch.Tensor)})
-        if isinstance(part, torch.fx.GraphModule):
-            for node in part.graph.nodes:
-                node.args, node.kwargs = map_aggregate(node.args, there), map_aggregate(node.kwargs, there)
-            part.recompile()
-    return module
-
-
-def save_model(args, out, program, module, validation, **config):
-    """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture", "resume")
-    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
-    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
-    buffer = io.BytesIO()
-    module.cpu()  # whoever reads the file may have no other device
-    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-    module.to(args.device)
-    write(out, buffer.getvalue())
-
-
-def run_of(args):
-    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    files = {"data": sha256_of(args.data), "script": sha256_of(__file__), "number of processes": share().step}
-    return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-def save_checkpoint(out, run, parts, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
-    tensors and plain values.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
+    checkpoint holds: tensors and plain values, by name.
     """
-    buffer = io.BytesIO()
-    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
-    write(f"{out}.ckpt", buffer.getvalue())
 
+    def __init__(self, args, data, parts=()):
+        self.out, self.parts, self.log, self.state = args.out, parts, [], {}
+        paths = ("data", "out", "teacher", "student", "architecture", "resume")
+        settings = {name: value for name, value in vars(args).items() if name not in paths}
+        versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+        self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+        self.made_by["data_sha256"] = data.sha256
+        # a resumed run must have all this in common with the run that was stopped
+        files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
+        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
+        self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
+        path = Path(f"{args.out}.ckpt")
+        if path.exists() and not args.resume:
+            sys.exit(f"{path}: a run stopped here; give --resume, or remove the file")
+        if args.resume:
+            content = io.BytesIO(path.read_bytes())
+            try:
+                common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+            except Exception:  # whatever unpickling meets in another file
+                sys.exit(f"{path} cannot be resumed: it is not a checkpoint")
+            if changed := [name for name in self.common if common.get(name) != self.common[name]]:
+                sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        print(f"{len(data.user_ids):,} users, {data.items.max():,} items, {len(data.items):,} interactions")
 
-def load_checkpoint(args, parts):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
-    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
-    """
-    path, run = Path(f"{args.out}.ckpt"), run_of(args)
-    if path.exists() and not args.resume:
-        sys.exit(f"{path}: a run stopped here; --resume it, or remove it")
-    if not args.resume:
-        return run, {}
-    file = io.BytesIO(path.read_bytes())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(file, "cpu", weights_only=True)
-        if other := [name for name in run if found["run"].get(name) != run[name]]:
-            sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"], strict=True):
-            part.load_state_dict(state)
-        return run, found["rest"]
-    except Exception:  # whatever unpickling meets in a file of another kind
-        sys.exit(f"{path} cannot be resumed: it is damaged")
+    def save_model(self, path, program, module, validation=None, **config):
+        """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
+        for name, weight in module.state_dict().items():
+            program.state_dict[name].data.copy_(weight)
+        buffer, config = io.BytesIO(), config | self.made_by | {"validation": validation}
+        torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+        write(path, buffer.getvalue())
 
-
-def complete(out):
-    """Remove OUT.ckpt, when all processes have come to the end of the run."""
-    if dist.is_initialized():
-        dist.barrier()
-    if not share().start:
-        Path(f"{out}.ckpt").unlink(missing_ok=True)
-
-
-def report(out, log, left, began, mark=""):
-    """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
-    minutes = (time.time() - began) / len(log) * left / 60
-    print(f"epoch {log[-1]['epoch']:3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
-    write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    def end_epoch(self, line, epochs_left, mark="", **state):
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        self.log.append(line)
+        figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
+        seconds = np.mean([line["seconds"] for line in self.log]) * epochs_left
+        left = f"at least {seconds / 60:.1f} min left"
+        print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
+        write(f"{self.out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        if epochs_left:
+            buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
+            torch.save((self.common, states, self.log, state), buffer)
+            write(f"{self.out}.ckpt", buffer.getvalue())
+        elif not RANK:
+            Path(f"{self.out}.ckpt").unlink(missing_ok=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+# --help shows the text at the top of this file as it stands, and the default of each option
+Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--help`: the words at the top of this file as they stand, and each option's default."""
 
+def number(kind, low, high=math.inf):
+    """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
-def refuse_numbers(parser, args):
-    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
-    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            low = type(x) in (int, float) and not x >= 0  # or NaN
-            low |= type(x) is int and x == 0 and name not in may_be_0
-            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
-                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+    def convert(text):
+        if not low <= kind(text) <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def main(argv=None):
-    """Read the command line, search or build."""
+    """Read the command line, then search or build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
+    add, count, fraction = parser.add_argument, number(int, 1), number(float, 0, 1)
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--teacher", help="model file to learn from; none: gamma is 0. Load only trusted ones")
-    add("--out", required=True, help="architecture to write, as runs/architecture.json, and .pt2 beside it")
-    add("--architecture", help="no search: give this architecture random weights")
-    cost = "no search: a random architecture, of any cost or one within 10 %% of COST, with random weights"
-    add("--random", type=float, nargs="?", const=math.inf, metavar="COST", help=cost)
-    add("--cells", type=int, default=4, help="K: cells, one architecture, weights of their own")
-    add("--nodes", type=int, default=3, help="N: nodes of a cell behind its input")
-    add("--dim", type=int, default=64, help="d_S: size of hidden states and item vectors")
-    add("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="O: what an edge may be")
-    add("--max-length", type=int, help="most recent items that the student sees; the teacher's, or 50")
-    add("--dropout", type=float, default=0.2, help="share of units dropped before and after the cells")
-    add("--gamma", type=float, default=0.5, help="weight of L_emb + L_hid + L_pred; 1 - gamma of L_CE")
-    add("--beta", type=float, default=0.3, help="weight of L_cost, which is 1 for the dearest architecture")
-    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="softmax falls to `none`")
-    add("--alpha-learning-rate", type=float, default=5e-2, help="of AdamW on alpha; 2e-5 as published")
-    add("--alpha-warm-up", type=int, default=10, help="epochs in which alpha waits, y mixes all operations")
-    add("--learning-rate", type=float, default=5e-3, help="of AdamW on the weights")
-    add("--batch-size", type=int, default=32, help="users a step")
-    add("--epochs", type=int, default=30, help="passes over all users")
-    add("--negatives", type=int, default=0, help="k: items that estimate L_CE and L_pred; 0: all items")
-    keep = "keep the teacher's answers in memory: fast from epoch 2 on, for one process"
-    add("--remember", action="store_true", help=keep)
-    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
-    add("--seed", type=int, default=0, help="same seed, data and machine: same files")
+    add("--teacher", help="model file to learn from; without it, gamma is 0. Load only files you trust")
+    add("--out", required=True, help="architecture to write, such as runs/architecture.json")
+    add("--architecture", help="do not search: write this architecture with random weights")
+    random_help = "do not search: write a random architecture, of any cost or within 10 %% of COST"
+    add("--random", type=number(float, 0), nargs="?", const=math.inf, metavar="COST", help=random_help)
+    add("--cells", type=count, default=4, help="K: cells, one architecture, each with its own weights")
+    add("--nodes", type=count, default=3, help="N: nodes of a cell after its input")
+    add("--dim", type=count, default=64, help="d_S: size of hidden states and item vectors")
+    add(
+        "--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="O: what an edge may be"
+    )
+    add("--max-length", type=count, help="most recent items that the student sees; else the teacher's, or 50")
+    add("--dropout", type=fraction, default=0.2, help="probability that training drops a unit")
+    add("--gamma", type=fraction, default=0.5, help="weight of L_emb + L_hid + L_pred; L_CE has 1 - gamma")
+    add("--beta", type=number(float, 0), default=0.3, help="weight of L_cost, which is 1 at most")
+    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="softmax prefers `none`")
+    add(
+        "--alpha-learning-rate",
+        type=number(float, 0),
+        default=5e-2,
+        help="of AdamW, alpha; 2e-5 as published",
+    )
+    add("--alpha-warm-up", type=number(int, 0), default=10, help="first epochs: operations mix, alpha waits")
+    add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW on the weights")
+    add("--batch-size", type=count, default=32, help="users a step")
+    add("--epochs", type=count, default=30, help="passes over all users")
+    add("--negatives", type=number(int, 0), default=0, help="k: items in the softmax; 0: all items")
+    add("--remember", action="store_true", help="keep the teacher's answers in memory: faster, needs memory")
+    add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    refuse_numbers(parser, args)
     if args.epochs <= args.alpha_warm_up or not args.out.endswith(".json"):
-        parser.error("--epochs must be above --alpha-warm-up, and --out end in .json")
+        parser.error("--epochs must be above --alpha-warm-up, and --out must end in .json")
     try:
         build(args) if args.architecture or args.random is not None else search(args)
-    except OSError as error:  # a file that is not there, or a place that cannot be written
+    except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.out}: {error.strerror}")
-    except KeyboardInterrupt:  # files are whole at any time
-        more = ", --resume goes on after the last whole epoch" * Path(f"{args.out}.ckpt").exists()
-        print(f"stopped{more}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on after the last whole epoch, if there is one")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
 """Stage 4: teacher and student train each other, Bidirectional Distillation.
 
-Wonbin Kweon, SeongKu Kang and Hwanjo Yu, "Bidirectional Distillation for Top-K Recommender System", WWW 2021,
-arXiv 2106.02870.
+Kweon, Kang and Yu, "Bidirectional Distillation for Top-K Recommender System", WWW 2021, arXiv 2106.02870.
 
-A large and a small model of one kind warm up alone, then each learns from the other on items drawn by how
-much their rankings disagree:
+A large and a small model of one kind are trained alone first (warm-up). Then each learns from the other, on
+items drawn by how much their rankings disagree:
 
     L_T = L_CF(T) + lambda_S->T L_BD(T;S)        L_S = L_CF(S) + lambda_T->S L_BD(S;T)
 
-Reads   interactions, `user item` a row (data/README.md); two model files (README.md, "The model file"): any
-        two sequence models that were trained already, or with --base bpr or cdae two that this script wrote.
-Writes  OUT-teacher.pt2 and OUT-student.pt2, each of the epoch whose validation NDCG@10 was best: of those in
-        which both trained, and of how they came or warmed up; and OUT.log.jsonl, a line an epoch.
-Shapes  B users (bpr: pairs of user and item), T positions, e features of an output, V items, item 0 padding;
-        for each observed item k negatives, and k drawn items in each direction.
+Reads   interactions, `user item` a row (data/README.md), and two model files (README.md, "The model file"):
+        trained sequence models, or two files that this script wrote. --base bpr and cdae need no files.
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each of its epoch with the best validation NDCG@10. The choice
+        is among the epochs of joint training and the start. OUT.log.jsonl, a line an epoch.
+Shapes  B users (bpr: pairs of user and item), T positions, N observed items of a batch, e features of an
+        output, V items, k samples. Item 0 is padding.
 
     python bidirectional_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/bd
     python bidirectional_distill.py data/ml-100k.txt --base bpr --out runs/bpr
 """
 
 import argparse
+import copy
 import hashlib
 import io
 import json
@@ -31,60 +31,60 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import namedtuple
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
-from torch.fx.node import map_aggregate
+from torch.export.passes import move_to_device_pass
 
-TOP = 100  # of --sampling top, the other model's best items; and where z is 0 with --base softmax
-KINDS = "teacher", "student"
+TOP = 100  # --sampling top draws from this many best items; --base softmax has z = 0 at this rank
 
 # ---- Rank-discrepancy-aware sampling (section 3.2) -------------------------------------------------------
 
 
-def ranks(scores, observed):
-    """Rank of each item among the unobserved ones of its row, 1 the best; 0 for an observed one.
+def rank_items(scores, observed):
+    """The rank of each item among the unobserved items of its row, 1 for the best; 0 for an observed item.
 
     scores [B, V] float32, observed [B, V] bool -> int32 [B, V]. Of equal scores, the smaller id ranks first,
-    so that ties are broken alike in both models.
+    so both models break ties alike.
     """
-    bits = np.where(observed, np.float32(np.inf), 0 - scores).view(np.int32).astype(np.int64)
-    # as whole numbers in the floats' order, each with its column below: three times as fast as a stable sort
-    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)) << 32 | np.arange(scores.shape[1])
-    keys.sort(1)
+    num_items = scores.shape[1]
+    order = np.argsort(np.where(observed, np.inf, -scores), axis=1)  # quicksort: any order of equal scores
+    ranked = np.take_along_axis(scores, order, 1)
+    place = np.cumsum(np.diff(ranked, axis=1, prepend=np.nan) != 0, axis=1)  # the same for equal scores
+    order = np.sort(place * num_items + order, axis=1) % num_items
     rank = np.zeros(scores.shape, np.int32)
-    np.put_along_axis(rank, keys & 0xFFFFFFFF, np.arange(1, scores.shape[1] + 1, dtype=np.int32)[None], 1)
+    np.put_along_axis(rank, order, np.arange(1, num_items + 1, dtype=np.int32)[None], 1)
     return np.where(observed, 0, rank)
 
 
 def p_student_to_teacher(rank_T, rank_S, epsilon):
-    """p_{S->T}(i|u), not normalised: exp((rank_T(i) - rank_S(i)) epsilon_e). Items the teacher shall learn.
+    """p_{S->T}(i|u), not normalised: exp((rank_T(i) - rank_S(i)) epsilon_e). Ranks and p are [B, V].
 
-    Mostly where the student is far ahead, but every unobserved item has its chance. Ranks and p [B, V].
+    These items teach the teacher: mostly those where the student is far ahead, sometimes any unobserved one.
     """
     exponent = (rank_T - rank_S).astype(np.float32) * np.float32(epsilon)
     return np.exp(exponent - exponent.max(-1, keepdims=True, initial=-np.inf)) * (rank_T > 0)
 
 
 def p_teacher_to_student(rank_T, rank_S, epsilon):
-    """p_{T->S}(i|u), not normalised: tanh(max((rank_S(i) - rank_T(i)) epsilon_t, 0)).
+    """p_{T->S}(i|u), not normalised: tanh(max((rank_S(i) - rank_T(i)) epsilon_t, 0)). All are [B, V].
 
-    Items the student shall learn: wherever the teacher is ahead, and alike where it is far ahead.
+    These items teach the student: those where the teacher is ahead, all alike where it is far ahead.
     """
     ahead = np.maximum((rank_S - rank_T).astype(np.float32) * np.float32(epsilon), 0)
     return np.tanh(ahead) * (rank_T > 0)
 
 
-def probabilities(rank_T, rank_S, args):
-    """What the items for the teacher and for the student are drawn in proportion to: two of [B, V].
+def sampling_weights(rank_T, rank_S, args):
+    """The weights [B, V] by which items are drawn, for the teacher and for the student.
 
-    --sampling uniform takes all unobserved items alike, top the other model's TOP best ones. --sign published
-    turns the discrepancies round: the published code numbers items in ascending order of score.
+    `uniform` takes all unobserved items alike, `top` the TOP best items of the other model. The sign
+    `published` swaps the ranks: the published code numbers items in ascending order of score.
     """
     if args.sampling == "uniform":
         return (rank_T > 0).astype(np.float32), (rank_T > 0).astype(np.float32)
@@ -96,10 +96,10 @@ def probabilities(rank_T, rank_S, args):
     return p_student_to_teacher(rank_T, rank_S, args.epsilon_exp), for_student
 
 
-def draw(p, size, rng):
-    """Items with replacement, item i (from 1) with probability p[i - 1] / sum: int32 of shape `size`.
+def draw_items(p, size, rng):
+    """Items, with replacement: item i, from 1, with probability p[i - 1] / sum. p [V] -> int32 of `size`.
 
-    All 0, which is padding, where no item has any probability. p [V].
+    If all of p is 0, all items are 0, which is padding.
     """
     cumulated = np.cumsum(p, dtype=np.float64)
     if cumulated[-1] <= 0:
@@ -107,69 +107,68 @@ def draw(p, size, rng):
     return 1 + np.searchsorted(cumulated, rng.random(size) * cumulated[-1], side="right").astype(np.int32)
 
 
-# ---- L_BD (section 3.1), L_CF and L ----------------------------------------------------------------------
-# sums over the observed items of a batch; negatives [B, T, k] stand beside `items` [B, T]; ids are on the CPU
+# ---- L_BD (section 3.1) and L_CF: sums over the observed items of a batch --------------------------------
+# items [B, T], 0 for padding, with k negatives [B, T, k] each; states and output [B, T, e]
 
 
 def bd_loss(z_A, z_B, tau):
-    """L_BD(A;B) = sum_i BCE(sigma(z^A_i), sigma(z^B_i / tau)) over drawn items; A learns, B does not."""
+    """L_BD(A;B) = sum_i BCE(sigma(z^A_i), sigma(z^B_i / tau)) over drawn items. A learns, B does not."""
     return F.binary_cross_entropy_with_logits(z_A, (z_B.detach() / tau).sigmoid(), reduction="sum")
+
+
+def last_output(output, items):
+    """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
+    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
 
 
 def logits(states, item_vectors, items):
     """z = states . item_vectors: states [..., e], items [..., n] -> [..., n]."""
-    vectors = F.embedding(items.to(item_vectors.device), item_vectors)
-    return torch.einsum("...e,...ne->...n", states, vectors)
+    return torch.einsum("...e,...ne->...n", states, F.embedding(items.to(item_vectors.device), item_vectors))
 
 
-def last_state(output, items):
-    """The output [B, e] after the last item of each history: what validation ranks by, and L_BD teaches."""
-    return output[torch.arange(len(items)), (items > 0).sum(1) - 1]
-
-
-def both_logits(states, item_vectors, items, negatives):
-    """z_i [N, 1] of the N observed `items`, z_j [N, k] of their negatives; states [B, T, e] score `items`."""
-    asked, real = torch.cat([items[..., None], negatives], -1), items > 0
-    z = logits(states[real], item_vectors, asked[real])  # one look-up: its gradient is as large as the table
+def observed_logits(states, item_vectors, items, negatives):
+    """z_i [N, 1] of the observed `items`, and z_j [N, k] of their negatives. The `states` score them."""
+    real = items > 0
+    # one look-up for both, because the gradient of a look-up is as large as the table
+    z = logits(states[real], item_vectors, torch.cat([items[..., None], negatives], -1)[real])
     return z[:, :1], z[:, 1:]
 
 
-def pairwise(output, item_vectors, items, negatives):
-    """L_CF of BPR (Rendle et al., UAI 2009): -sum log sigma(z_ui - z_uj)."""
-    z_i, z_j = both_logits(output, item_vectors, items, negatives)
+def bpr_loss(output, item_vectors, items, negatives):
+    """L_CF of BPR, pair-wise (Rendle et al., UAI 2009): -sum log sigma(z_ui - z_uj)."""
+    z_i, z_j = observed_logits(output, item_vectors, items, negatives)
     return -F.logsigmoid(z_i - z_j).sum()
 
 
-def pointwise(states, item_vectors, items, negatives):
+def pointwise_loss(states, item_vectors, items, negatives):
     """-sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]."""
-    z_i, z_j = both_logits(states, item_vectors, items, negatives)
+    z_i, z_j = observed_logits(states, item_vectors, items, negatives)
     return -F.logsigmoid(z_i).sum() - F.logsigmoid(-z_j).sum()
 
 
-def of_user(output, item_vectors, items, negatives):
-    """L_CF of CDAE: point-wise, all observed items of a user scored by what the whole history gives."""
-    states = last_state(output, items)[:, None].expand(*items.shape, -1)
-    return pointwise(states, item_vectors, items, negatives)
+def cdae_loss(output, item_vectors, items, negatives):
+    """L_CF of CDAE: point-wise. The state after the whole history scores all its items."""
+    states = last_output(output, items)[:, None].expand(*items.shape, -1)
+    return pointwise_loss(states, item_vectors, items, negatives)
 
 
-def next_item(output, item_vectors, items, negatives):
-    """L_CF of a sequence model: point-wise, an item scored by what the items before it give."""
-    return pointwise(output[:, :-1], item_vectors, items[:, 1:], negatives[:, 1:])
+def next_item_loss(output, item_vectors, items, negatives):
+    """L_CF of a sequence model: point-wise. The state after the items before it scores an item."""
+    return pointwise_loss(output[:, :-1], item_vectors, items[:, 1:], negatives[:, 1:])
 
 
-def next_of_all(output, item_vectors, items, negatives):
+def softmax_loss(output, item_vectors, items, negatives):
     """L_CF of a sequence model that was trained with a softmax over all items: -sum log p_i."""
     real = items[:, 1:] > 0
     z = output[:, :-1][real] @ item_vectors[1:].T
     return F.cross_entropy(z, items[:, 1:][real].to(z.device) - 1, reduction="sum")
 
 
-L_CF = {"bpr": pairwise, "cdae": of_user, "sequence": next_item, "softmax": next_of_all}
+def zero_logit(base, state, item_vectors):
+    """The score [B, 1] that counts as z = 0 in L_BD; state [B, e].
 
-
-def zero_of(base, state, item_vectors):
-    """What counts as z = 0 in L_BD: 0; with a softmax, which is blind to a constant, the user's own score at
-    rank TOP of all items (ours). state [B, e] -> [B, 1].
+    A softmax ignores a constant that is added to all scores. So with --base softmax it is the user's score
+    at rank TOP (ours), else 0.
     """
     if base != "softmax":
         return torch.zeros_like(state[:, :1])
@@ -177,21 +176,16 @@ def zero_of(base, state, item_vectors):
     return scores.topk(min(TOP, scores.shape[1])).values[:, -1:]
 
 
-def L(l_cf, weight, l_bd):
-    """L_T = L_CF(T) + lambda_S->T L_BD(T;S), and L_S = L_CF(S) + lambda_T->S L_BD(S;T)."""
-    return l_cf + weight * l_bd
-
-
-# ---- The paper's bases; `forward` is the contract of a model file ----------------------------------------
+# ---- Base models of the paper. `forward` is the contract of a model file ---------------------------------
 
 
 class BPR(nn.Module):
     """Matrix factorisation: z_ui = p_u . q_i."""
 
-    def __init__(self, user_count, item_count, dim):
+    def __init__(self, num_users, num_items, dim):
         super().__init__()
-        self.p = nn.Embedding(user_count + 1, dim)  # starts from N(0, 1), as published
-        self.q = nn.Embedding(item_count + 1, dim, padding_idx=0)
+        self.p = nn.Embedding(num_users + 1, dim)  # starts from N(0, 1), as published
+        self.q = nn.Embedding(num_items + 1, dim, padding_idx=0)
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [1, B, T, d], output [B, T, d], item_vectors [V+1, d]."""
@@ -200,326 +194,358 @@ class BPR(nn.Module):
 
 
 class CDAE(nn.Module):
-    """Collaborative denoising autoencoder, Wu et al., WSDM 2016.
+    """Collaborative denoising autoencoder (Wu et al., WSDM 2016).
 
-    z_ui = w'_i . sigma(W^T y_u + v_u + b) + b'_i; y_u is the history as a vector of zeros and ones, half of
-    which are dropped in training, and the others count doubly.
+    z_ui = w'_i . sigma(W^T y_u + v_u + b) + b'_i. y_u is the history as a vector of zeros and ones. Training
+    drops half of the ones and doubles the others.
     """
 
-    def __init__(self, user_count, item_count, dim):
+    def __init__(self, num_users, num_items, dim):
         super().__init__()
-        self.W = nn.Embedding(item_count + 1, dim, padding_idx=0)
-        self.v = nn.Embedding(user_count + 1, dim)
+        self.W = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.v = nn.Embedding(num_users + 1, dim)
         self.b = nn.Parameter(torch.empty(dim))
-        self.w_and_b = nn.Parameter(torch.empty(item_count + 1, dim + 1))  # w'_i, and b'_i as the last column
-        for weights, inputs in ((self.W.weight, item_count), (self.b, item_count), (self.w_and_b, dim)):
+        self.w_and_b = nn.Parameter(torch.empty(num_items + 1, dim + 1))  # w'_i, and b'_i as last column
+        for weights, inputs in ((self.W.weight, num_items), (self.b, num_items), (self.w_and_b, dim)):
             nn.init.uniform_(weights, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
         self.W.weight.data[0] = 0
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [2, B, T, d], output [B, T, d+1], item_vectors [V+1, d+1]."""
-        ordered, order = items.sort(dim=1, stable=True)  # y_u is 1 for an item that comes twice
-        twice = (ordered == ordered.roll(1, 1)) & (torch.arange(items.shape[1], device=items.device) > 0)
-        kept = F.dropout(1.0 - twice.scatter(1, order, twice).float(), 0.5, self.training)
-        embedded = self.W(items) * kept[..., None]
+        ordered, order = items.sort(dim=1, stable=True)
+        repeated = (ordered == ordered.roll(1, 1)) & (torch.arange(items.shape[1], device=items.device) > 0)
+        y = 1.0 - repeated.scatter(1, order, repeated).float()  # y_u is 1 for an item that comes twice
+        embedded = self.W(items) * F.dropout(y, 0.5, self.training)[..., None]
         h = (embedded.cumsum(1) + self.v(users)[:, None] + self.b).sigmoid()
         return torch.stack([embedded, h]), torch.cat([h, torch.ones_like(h[..., :1])], -1), self.w_and_b
 
 
-BASES = {"bpr": BPR, "cdae": CDAE}
+# A base: class of a new model (None: it must be given), L_CF, default options. The options of bpr and cdae
+# are those of the published notebooks (cells 8, 9, 11 and 8, 9, 12). There, a weight decay of 1e-3 goes with
+# sums over a batch, here with means.
+Base = namedtuple("Base", "model loss defaults")
+OF_SEQUENCE = {"learning_rate": 1e-3, "temperature": 1.0, "epsilon_exp": 1e-3, "epsilon_tanh": 1e-2}
+OF_SEQUENCE |= {
+    "batch_size": 32,
+    "warm_up_weight_decay": [0.0, 0.0],
+    "samples": 1,
+    "warm_up": 0,
+    "epochs": 20,
+}
+OF_BPR = {"learning_rate": 1e-3, "temperature": 5.0, "epsilon_exp": 1e-4, "epsilon_tanh": 1e-2}
+OF_BPR |= {
+    "batch_size": 128,
+    "warm_up_weight_decay": [7.8e-6, 0.0],
+    "samples": 1,
+    "warm_up": 1000,
+    "epochs": 100,
+}
+OF_CDAE = {"learning_rate": 2e-3, "temperature": 2.0, "epsilon_exp": 1e-4, "epsilon_tanh": 1e-4}
+OF_CDAE |= {"batch_size": 128, "warm_up_weight_decay": [3.4e-7, 3.4e-7], "samples": 5, "warm_up": 1000}
+OF_CDAE |= {"epochs": 1000}
+BASES = {
+    "bpr": Base(BPR, bpr_loss, OF_BPR),
+    "cdae": Base(CDAE, cdae_loss, OF_CDAE),
+    "sequence": Base(None, next_item_loss, OF_SEQUENCE),
+    "softmax": Base(None, softmax_loss, OF_SEQUENCE),
+}
 
-# ---- Training --------------------------------------------------------------------------------------------
-
-
-class Learner:
-    """A program that is trained: its two modules, and the optimizer."""
-
-    def __init__(self, program, args, side):
-        # both share the parameters of `program`: `judge` judges what `model` learns, and `program` is saved
-        self.program, self.model = program, with_dropout(module_of(program, args.device), True)
-        with_dropout(program.graph_module, False)  # should it have been exported in training
-        self.judge, decay = module_of(program, args.device), args.warm_up_weight_decay[side]
-        weights, rate = self.model.parameters(), args.learning_rate
-        self.adam = torch.optim.Adam(weights, rate, weight_decay=decay, fused=True)
-
-    def step(self, loss):
-        """Follow the gradient of `loss`."""
-        self.adam.zero_grad()
-        loss.backward()
-        add_up([weight.grad for weight in self.model.parameters()])
-        self.adam.step()
+# ---- Training. A list of two has the teacher first, then the student -------------------------------------
 
 
 @torch.no_grad()
-def renew(teacher, student, data, users, begin, end, args, epochs, rng):
-    """Rank all items by both models, and draw the items of the coming `epochs`, a slice of users at a time.
+def renew(modules, data, histories, args, epoch, num_epochs):
+    """Rank all items by both models, and draw the items of `num_epochs` epochs from `epoch` on.
 
-    `data` is what `read_interactions` gives; both learners see items[begin:end] of `users` [N]. Returns the
-    items drawn for each, int32 [2, epochs, n k], those beside items[t] at [t k, (t + 1) k); and, as the paper
-    does, the share of users whose validation item the student ranks better than the teacher.
+    Returns int32 [2, num_epochs, n k]: the items drawn for teacher and student. Those for the interaction
+    items[t] stand at [t k, (t + 1) k). Also returns the share of users whose validation item the student
+    ranks better, as the paper does.
     """
-    user_ids, starts, items = data
-    (_, evaluated), item_count, k, better = leave_one_out(starts), items.max(), args.samples, np.zeros(2)
-    drawn = np.zeros((2, epochs, len(items) * k), np.int32)
-    rows = max(1, min(256, 2**21 // item_count))
-    mine = range(0, len(users), rows)[share()]
-    for batch in (slice(i, i + rows) for i in range(0, len(users), rows)):
-        if batch.start not in mine:  # another process's: as many numbers are drawn there
-            rng.bit_generator.advance(2 * epochs * k * int((end - begin)[batch].sum()))
-            continue
-        history = pad_batch(items, starts[users[batch]], end[batch]).numpy()
-        observed = np.zeros((len(history), item_count + 1), bool)
-        np.put_along_axis(observed, history, True, 1)
-        ids, window = torch.from_numpy(user_ids[users[batch]]), pad_batch(items, begin[batch], end[batch])
+    num_items, k, better = data.items.max(), args.samples, torch.zeros(2, dtype=torch.float64)
+    drawn = np.zeros((2, num_epochs, len(data.items) * k), np.int32)
+    rows = max(1, min(256, 2**21 // num_items))
+    slices = [slice(n, n + rows) for n in range(0, len(histories.users), rows)]
+    for part in slices[RANK::PROCESSES]:
+        users, begin, end = (column[part] for column in histories)
+        known = pad_batch(data.items, data.starts[users], end).numpy()
+        observed = np.zeros((len(users), num_items + 1), bool)
+        np.put_along_axis(observed, known, True, 1)
+        ids, window = torch.from_numpy(data.user_ids[users]), pad_batch(data.items, begin, end)
         both = []
-        for learner in (teacher, student):
-            _, output, item_vectors = learner.judge(ids.to(args.device), window.to(args.device))
-            scores = (last_state(output, window) @ item_vectors[1:].T).float().cpu().numpy()
-            both.append(ranks(scores, observed[:, 1:]))
-        for row, p in enumerate(zip(*probabilities(*both, args), strict=True)):
-            b, e = begin[batch][row], end[batch][row]
+        for module in modules:
+            _, output, item_vectors = module(ids.to(args.device), window.to(args.device))
+            scores = last_output(output, window.to(args.device)) @ item_vectors[1:].T
+            both.append(rank_items(scores.float().cpu().numpy(), observed[:, 1:]))
+        weights = sampling_weights(*both, args)
+        for row, user in enumerate(users):
+            b, e, rng = begin[row], end[row], np.random.default_rng([args.seed, epoch, 1, user])
             for side in (0, 1):
-                drawn[side, :, b * k : e * k] = draw(p[side], (epochs, (e - b) * k), rng)
-            rank_T, rank_S = (rank[row, items[e] - 1] if evaluated[users[batch][row]] else 0 for rank in both)
-            better += rank_S < rank_T, rank_T > 0
-    drawn, better = torch.from_numpy(drawn), torch.from_numpy(better)
-    add_up([drawn])
-    add_up([better])
+                drawn[side, :, b * k : e * k] = draw_items(weights[side][row], (num_epochs, (e - b) * k), rng)
+            if data.evaluated[user]:
+                rank_T, rank_S = (rank[row, data.items[e] - 1] for rank in both)
+                better += torch.tensor([rank_S < rank_T, rank_T > 0])
+    drawn = torch.from_numpy(drawn)
+    sum_over_processes([drawn])
+    sum_over_processes([better])
     return drawn, (better[0] / better[1].clamp(min=1)).item()
 
 
-def losses(both, ids, history, negatives, taught, args):
-    """L_CF(T), L_BD(T;S), L_CF(S) and L_BD(S;T) of a batch: ids [B], history [B, T], and for each side
-    `negatives` [2, B, T, k] and, unless None, the items that are `taught` [2, B, T k].
+def losses(modules, ids, history, negatives, drawn, args):
+    """L_CF(T), L_BD(T;S), L_CF(S), L_BD(S;T) of a batch: ids [B], history [B, T], negatives [2, B, T, k].
+
+    drawn [2, B, T k] are the items that teach each model, 0 for padding, or None.
     """
-    found, states = [], []
-    for learner, others in zip(both, negatives, strict=True):
-        _, output, item_vectors = learner.model(ids.to(args.device), history.to(args.device))
-        found += [L_CF[args.base](output, item_vectors, history, others), output.new_zeros(())]
-        state = last_state(output, history), item_vectors
-        states.append((state, zero_of(args.base, *state)))
-    for side, weight in enumerate((args.lambda_teacher, args.lambda_student)):
-        if taught is not None and weight:
-            drawn, pair = taught[side], (states[side], states[1 - side])
-            z_A, z_B = ((logits(*state, drawn) - zero)[drawn > 0] for state, zero in pair)
-            found[2 * side + 1] = bd_loss(z_A, z_B, args.temperature)
-    return found
+    l_cf, sides = [], []
+    for module, items in zip(modules, negatives, strict=True):
+        _, output, item_vectors = module(ids.to(args.device), history.to(args.device))
+        l_cf.append(BASES[args.base].loss(output, item_vectors, history, items))
+        state = last_output(output, history.to(args.device))
+        sides.append((state, item_vectors, zero_logit(args.base, state, item_vectors)))
+    l_bd = [torch.zeros_like(loss) for loss in l_cf]
+    for A, B, weight in ((0, 1, args.lambda_teacher), (1, 0, args.lambda_student)):
+        if drawn is not None and weight:
+            z = [logits(*side[:2], drawn[A]) - side[2] for side in sides]
+            l_bd[A] = bd_loss(z[A][drawn[A] > 0], z[B][drawn[A] > 0], args.temperature)
+    return [l_cf[0], l_bd[0], l_cf[1], l_bd[1]]
+
+
+def joint_batch(data, rows, batch, unseen, drawn, args, rng):
+    """User ids [B], histories [B, T], negatives [2, B, T, k] and items that teach [2, B, T k] of a batch.
+
+    drawn [2, n k] are the items that teach in this epoch, or None. All is drawn for the whole batch, so that
+    processes do not change the numbers; then each process takes its part.
+    """
+    users, begin, end = (column[batch] for column in rows)
+    history, k, part, taught = (
+        pad_batch(data.items, begin, end),
+        args.samples,
+        slice(RANK, None, PROCESSES),
+        None,
+    )
+    shape = 2, *history.shape, k
+    negatives = torch.from_numpy(unseen.draw(np.broadcast_to(users[:, None, None], shape), rng))
+    if drawn is not None:
+        taught = torch.stack([pad_batch(items, begin * k, end * k) for items in drawn.numpy()])
+        if args.negatives == "drawn":
+            beside = taught.view_as(negatives)
+            negatives = torch.where(beside > 0, beside, negatives)
+        taught = taught[:, part]
+    return torch.from_numpy(data.user_ids[users])[part], history[part], negatives[:, part], taught
+
+
+def set_up(args):
+    """Data, histories, the rows of a batch, validation users, max_length; programs, modules, optimizers."""
+    torch.manual_seed(args.seed)
+    data, programs, modules, optimizers = read_interactions(args.data), [], [], []
+    max_length = max(2, int(np.diff(data.starts).max()))
+    for path, dim in zip((args.teacher, args.student), args.dims, strict=True):
+        if path:
+            module, config = load_model(path, data, args.device)
+            program = torch.export.load(path)  # stays on the CPU, to be saved
+            with_dropout(program.graph_module, False)
+            max_length = min(max_length, config["max_length"])
+        else:
+            model = BASES[args.base].model(int(data.user_ids.max()), int(data.items.max()), dim)
+            program = export(model, max_length)
+            module = move_to_device_pass(export(model, max_length), args.device).module()
+        programs.append(program)
+        modules.append(module)
+    for module, decay in zip(modules, args.warm_up_weight_decay, strict=True):
+        weights = module.parameters()
+        optimizers.append(torch.optim.Adam(weights, args.learning_rate, weight_decay=decay, fused=True))
+    histories, validation_users = training_part(data, max_length - 1, args.seed)
+    rows = histories
+    if args.base == "bpr":  # a row is a pair of user and item: a history of one item
+        places = np.concatenate(
+            [np.arange(b, e) for b, e in zip(histories.begin, histories.end, strict=True)]
+        )
+        rows = Histories(np.repeat(histories.users, histories.end - histories.begin), places, places + 1)
+    join_processes(args, len(rows.users), len(validation_users))
+    return data, histories, rows, validation_users, max_length, programs, modules, optimizers
 
 
 def train(args):
-    """Warm up, train both ways, write both model files and the log."""
-    began = time.time()
-    torch.manual_seed(args.seed)
-    data = user_ids, starts, items = read_interactions(args.data)
-    last_ids, k = (int(user_ids.max()), int(items.max())), args.samples
-    max_length = max(2, int(np.diff(starts).max()))
-    if args.teacher:
-        given = [load_model(path, *last_ids, args.data) for path in (args.teacher, args.student)]
-        programs, configs = zip(*given, strict=True)
-        max_length = min(max_length, *(config["max_length"] for config in configs))
-    else:
-        programs = [export(BASES[args.base](*last_ids, dim), max_length) for dim in args.dims]
-    rng = np.random.default_rng(args.seed)
-    users, begin, end, judged = training_part(args.data, starts, max_length - 1, rng)
-    seen = seen_in_training(user_ids, starts, items)
-    rows = users, begin, end  # what a batch is of: histories, or with bpr pairs, each a history of one item
-    if args.base == "bpr":
-        pairs = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
-        rows = np.repeat(users, end - begin), pairs, pairs + 1
-    join(args, len(rows[0]), len(judged))
-    both = [Learner(program, args, side) for side, program in enumerate(programs)]
-    observed = (rows[2] - rows[1] - (args.base in ("sequence", "softmax"))).sum()
-    print(f"{len(user_ids):,} users, {last_ids[1]:,} items, {len(items):,} interactions; on {args.device}")
-    last, weights = args.warm_up + args.epochs, (args.lambda_teacher, args.lambda_student)
-    draws = args.direction == "both" and (any(weights) or args.negatives == "drawn")
-    parts = [part for learner in both for part in (learner.model, learner.adam)]
-    run, past = load_checkpoint(args, parts)
-    log, best, drawn = past.get("log", []), past.get("best", {}), past.get("drawn")
-    began -= sum(line["seconds"] for line in log)
-    # models that are given are judged as they came, in epoch 0
-    for epoch in range(len(log) + (not args.teacher), last + 1):
-        tick, line, bd = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # bd: from 0 when both train
-        if bd == 0:
-            for learner, decay in zip(both, args.weight_decay, strict=True):
-                learner.adam.state.clear()  # a new optimizer
-                learner.adam.param_groups[0]["weight_decay"] = decay
-        if bd >= 0 and draws and bd % args.period == 0:
-            coming, drawing = min(args.period, args.epochs - bd), np.random.default_rng([args.seed, epoch, 1])
-            drawn, line["student_better"] = renew(*both, data, users, begin, end, args, coming, drawing)
-            line["renewal_seconds"] = time.time() - tick
-        rng, total = random_numbers(args.seed, epoch), torch.zeros(4, dtype=torch.float64, device=args.device)
-        batches = batches_of_like_length(rows[2] - rows[1], args.batch_size, rng) if epoch else []
-        for step, batch in enumerate(batches, 1):
-            owner, b, e = (column[batch] for column in rows)
-            ids, history, taught = torch.from_numpy(user_ids[owner]), pad_batch(items, b, e), None
-            asked = np.broadcast_to(owner[:, None, None], (2, *history.shape, k))
-            negatives = torch.from_numpy(draw_negatives(asked, seen, last_ids[1], rng))
-            if drawn is not None:
-                epochs_items = drawn[:, bd % args.period].numpy()
-                taught = torch.stack([pad_batch(side, b * k, e * k) for side in epochs_items])
-                if args.negatives == "drawn":
-                    beside = taught.view_as(negatives)
-                    negatives = torch.where(beside > 0, beside, negatives)
-                taught = taught[:, share()]
-            found = losses(both, ids[share()], history[share()], negatives[:, share()], taught, args)
-            for side, learner in enumerate(both):
-                loss = L(found[2 * side], weights[side], found[2 * side + 1])
-                # a sum, by the mean number of observed items: each counts alike, whatever its batch
-                learner.step(loss * len(batches) / observed)
-            total += torch.stack(found).detach()
-            if sys.stdout.isatty():
-                print(f"epoch {epoch}, {step / len(batches):.0%}", end="\r", flush=True)
+    """Warm up, train both ways, and write both models and the log."""
+    data, histories, rows, validation_users, max_length, programs, modules, optimizers = set_up(args)
+    unseen, lambdas = UnseenItems(data), (args.lambda_teacher, args.lambda_student)
+    # a sequence model has no loss for the first item
+    num_observed = (rows.end - rows.begin - (BASES[args.base].model is None)).sum()
+    teaches = args.direction == "both" and (any(lambdas) or args.negatives == "drawn")
+    run = Run(args, data, [*modules, *optimizers])
+    best, drawn, last_epoch = run.state.get("best", {}), run.state.get("drawn"), args.warm_up + args.epochs
+    for epoch in range(len(run.log) + (not args.teacher), last_epoch + 1):  # epoch 0 validates given models
+        start, line, joint = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # joint epochs, from 0
+        if joint == 0:
+            for optimizer, decay in zip(optimizers, args.weight_decay, strict=True):
+                optimizer.state.clear()  # a new optimizer
+                optimizer.param_groups[0]["weight_decay"] = decay
+        if joint >= 0 and teaches and joint % args.period == 0:
+            num_epochs = min(args.period, args.epochs - joint)
+            drawn, line["student_better"] = renew(modules, data, histories, args, epoch, num_epochs)
+            line["renewal_seconds"] = time.time() - start
+        drawn_now = None if drawn is None else drawn[:, joint % args.period]
+        rng, batches = epoch_batches(rows.end - rows.begin, args.batch_size, args.seed, epoch)
+        total = torch.zeros(4, dtype=torch.float64, device=args.device)
+        for module in modules:
+            with_dropout(module, True)
+        for batch in batches if epoch else []:
+            inputs = joint_batch(data, rows, batch, unseen, drawn_now, args, rng)
+            parts = losses(modules, *inputs, args)
+            for side, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+                loss = parts[2 * side] + lambdas[side] * parts[2 * side + 1]  # L_CF + lambda L_BD
+                optimizer.zero_grad()
+                # the loss is a sum: with this factor each observed item of the epoch counts alike
+                (loss * len(batches) / num_observed).backward()
+                sum_over_processes([weight.grad for weight in module.parameters()])
+                optimizer.step()
+            total += torch.stack(parts).detach()
+        for module in modules:
+            with_dropout(module, False)
+        sum_over_processes([total])
+        if not total.isfinite().all():
+            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
         if epoch:
-            add_up([total])
-            if not total.isfinite().all():
-                sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
             names = "L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"
-            line |= zip(names, (total / observed).tolist(), strict=True)
-        line["seconds"] = time.time() - tick
-        log.append(line)
-        # a long warm-up is not judged every epoch: that would take longer than the epoch itself
-        if bd >= -1 or epoch % args.period == 0:
-            for kind, learner in zip(KINDS, both, strict=True):
-                about = user_ids, starts, items, judged, max_length, args.device
-                line[f"{kind}_HR@10"], line[f"{kind}_NDCG@10"] = hr, ndcg = validate(learner.judge, *about)
-                # bidirectional training goes on from the end of the warm-up, as published, not from its best
-                if kind not in best or bd < 0 or ndcg > best[kind]["NDCG@10"]:
+            line |= zip(names, (total / num_observed).tolist(), strict=True)
+        line["seconds"] = time.time() - start
+        # a long warm-up is not validated every epoch: that would take longer than the epoch
+        if joint >= -1 or epoch % args.period == 0:
+            for kind, program, module in zip(("teacher", "student"), programs, modules, strict=True):
+                hr, ndcg = validate(module, data, validation_users, max_length, args.device)
+                line |= {f"{kind}_HR@10": hr, f"{kind}_NDCG@10": ndcg}
+                # joint training goes on from the end of the warm-up, as published, not from its best epoch
+                if kind not in best or joint < 0 or ndcg > best[kind]["NDCG@10"]:
                     best[kind] = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-                    made = f"{args.out}-{kind}.pt2", learner.program, learner.model, best[kind]
-                    save_model(args, *made, role=kind, items=last_ids[1], max_length=max_length)
-            report(args.out, log, last - epoch, began)
-        save_checkpoint(args.out, run, parts, log=log, best=best, drawn=drawn)
-    complete(args.out)
+                    config = {"role": kind, "items": int(data.items.max()), "max_length": max_length}
+                    run.save_model(f"{args.out}-{kind}.pt2", program, module, best[kind], **config)
+        run.end_epoch(line, last_epoch - epoch, best=best, drawn=drawn)
 
 
-# ---- Loaded programs -------------------------------------------------------------------------------------
+def with_dropout(module, on):
+    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
 
-
-def with_dropout(module, on, share=None):
-    """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
-
-    Dropout stands in its graph as dropout(x, share, on); a GRU or LSTM has the two as well, and on a GPU it
-    learns only while it is on. BatchNorm stays as exported.
+    Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
+    stays as it was exported.
     """
     aten = torch.ops.aten
-    place = {aten.dropout.default: 1, aten.gru.input: 5, aten.lstm.input: 5}  # of `share` among the arguments
-    nodes = [node for node in module.graph.nodes if node.target in place]
-    if share is not None and not any(node.target is aten.dropout.default or node.args[5] for node in nodes):
-        sys.exit("the student was exported without dropout; leave --dropout out")
-    for node in nodes:
-        k = place[node.target]
-        node.args = *node.args[:k], node.args[k] if share is None else share, on, *node.args[k + 2 :]
+    place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
+    for node in module.graph.nodes:
+        if node.target in place:
+            node.update_arg(place[node.target], on)
     module.recompile()
     return module
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
 
+# The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
+# items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
+# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
+Histories = namedtuple("Histories", "users begin end")
+
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
-    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
+    Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
-    array = str(path).endswith(".npy")
+    is_text = not str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an empty file, which is told below
-            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+            warnings.simplefilter("ignore")  # numpy warns of an empty file
+            table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
-        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
-        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
-        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
-        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds, so look for the first bad line
+        lines = enumerate(Path(path).read_text(errors="replace").splitlines() if is_text else [], 1)
+        good = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?").fullmatch
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not good(line)), "")
+        sys.exit(f"{path}{bad}: a row must be `user item`, two ids from 1 (data/README.md)")
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
+        sys.exit(f"{path}: the rows of a user must stand together, oldest first")
+    sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
+    user_ids, starts = users[first].astype(int), np.append(first, len(users))
+    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
+    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
 
 
-def leave_one_out(starts):
-    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
-    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
+def training_part(data, max_length, seed, most=10_000):
+    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+
+    A history is the last max_length + 1 training items of a user who has two or more. If there are more than
+    `most` users to validate on, `most` of them are drawn.
     """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
+    users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
+    validation_users = np.flatnonzero(data.evaluated)
+    if len(users) == 0 or len(validation_users) == 0:
+        sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
+    if len(validation_users) > most:
+        rng = np.random.default_rng(seed)
+        validation_users = np.sort(rng.choice(validation_users, most, replace=False))
+    end = data.train_end[users]
+    return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end), validation_users
 
 
-def training_part(path, starts, max_length, rng, judges=10_000):
-    """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
-    """
-    train_end, evaluated = leave_one_out(starts)
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
-    judged = np.flatnonzero(evaluated)
-    if len(users) == 0 or len(judged) == 0:
-        sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > judges:
-        judged = np.sort(rng.choice(judged, judges, replace=False))
-    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
+class UnseenItems:
+    """Draws items uniformly among those that are not in a user's training history."""
 
+    def __init__(self, data):
+        user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
+        training = np.arange(len(data.items)) < data.train_end[user]
+        # a pair of user and item is one number, user * (V + 1) + item, so a look-up is a binary search
+        self.num_items = int(data.items.max())
+        self.seen = np.unique((user * (self.num_items + 1) + data.items)[training])
+        full = np.bincount(self.seen // (self.num_items + 1)) == self.num_items
+        if full.any():
+            sys.exit(f"user {data.user_ids[full.argmax()]} has seen every item; remove this user")
 
-def seen_in_training(user_ids, starts, items):
-    """The training interactions as sorted numbers user * (V + 1) + item, each once; users are indices."""
-    owner, base = np.repeat(np.arange(len(user_ids)), np.diff(starts)), items.max() + 1
-    training = np.arange(len(items)) < leave_one_out(starts)[0][owner]
-    seen = np.unique((owner * base + items)[training])
-    full = np.bincount(seen // base) == base - 1
-    if full.any():
-        sys.exit(f"user {user_ids[full.argmax()]} has seen every item: none is left to draw; leave it out")
-    return seen
-
-
-def draw_negatives(users, seen, item_count, rng):
-    """A uniform item that the user has not seen, for each entry of `users`, indices: int64 of the same shape.
-
-    `seen` is what `seen_in_training` gives: a look-up is a binary search.
-    """
-    drawn, wrong = rng.integers(1, item_count + 1, users.size), np.arange(users.size)
-    while len(wrong):
-        key = users.flat[wrong] * (item_count + 1) + drawn[wrong]
-        wrong = wrong[seen[np.minimum(np.searchsorted(seen, key), len(seen) - 1)] == key]
-        drawn[wrong] = rng.integers(1, item_count + 1, len(wrong))
-    return drawn.reshape(users.shape)
+    def draw(self, users, rng):
+        """An item for each entry of `users`, indices into data.user_ids: int64 of the same shape."""
+        drawn, wrong = rng.integers(1, self.num_items + 1, users.size), np.arange(users.size)
+        while len(wrong):
+            pair = users.flat[wrong] * (self.num_items + 1) + drawn[wrong]
+            place = np.minimum(np.searchsorted(self.seen, pair), len(self.seen) - 1)
+            wrong = wrong[self.seen[place] == pair]
+            drawn[wrong] = rng.integers(1, self.num_items + 1, len(wrong))
+        return drawn.reshape(users.shape)
 
 
 def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
+    """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = places < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
 
 
-def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
-    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """The generator of this epoch, the same in every process, and the epoch's batches, arrays of indices.
+
+    Histories of a batch have similar `lengths` [N], so there is little padding. To this end groups of 64
+    shuffled batches (at most a quarter of all, so that epochs differ) are sorted by length.
     """
-    order = rng.permutation(len(length))
-    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
-    chunks = [order[k : k + window] for k in range(0, len(order), window)]
-    order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = np.array_split(order, math.ceil(len(order) / batch_size))
-    return [batches[k] for k in rng.permutation(len(batches))]
-
-
-# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
-
-
-def random_numbers(seed, epoch):
-    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
     rng = np.random.default_rng([seed, epoch])
-    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
-    return rng
+    torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
+    order = rng.permutation(len(lengths))
+    group = batch_size * max(1, min(64, len(lengths) // batch_size // 4))
+    groups = [order[k : k + group] for k in range(0, len(order), group)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
-def join(args, rows, judged):
-    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
-    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
-    """
+# ---- Several processes (torchrun): each takes its part of every batch, gradients are added up ------------
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(args, num_histories, num_validation_users):
+    """Join the processes that torchrun has started. Without torchrun, do nothing."""
     if "RANK" not in os.environ:
         return
     try:
@@ -527,74 +553,68 @@ def join(args, rows, judged):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"RANK is set, but torchrun's processes do not meet: {error}".splitlines()[0])
-    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
-        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
-    if dist.get_rank():
+        sys.exit(f"RANK is set, but the processes of torchrun do not meet: {error}".splitlines()[0])
+    smallest_batch = num_histories // math.ceil(num_histories / args.batch_size)
+    if min(smallest_batch, num_validation_users) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get nothing of a batch")
+    if RANK:
         sys.stdout = io.StringIO()  # one process prints
 
 
-def share():
-    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
-    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
-
-
-def add_up(tensors):
-    """Add up each of `tensors`, of one type, over all processes, in place; None stays None."""
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over all processes. The tensors have one type. None stays None."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
-        total = torch.cat([tensor.flatten() for tensor in tensors])  # one message: each has to be waited for
+        total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
         dist.all_reduce(total)
-        for tensor, part in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        nn.utils.vector_to_parameters(total, tensors)
 
 
-# ---- Validation and files --------------------------------------------------------------------------------
+# ---- Validation ------------------------------------------------------------------------------------------
 
 
 def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
+    """rho = 1 + #{better} + #{equal} / 2 of each row's target, among the items not in `seen`: float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
-    what chance gives in the mean among items that are scored alike.
+    scores [B, V+1] are overwritten; target [B]; seen [B, H], 0 for padding. A tie counts half: this is the
+    expected rank under random tie-breaking.
     """
-    own = scores.gather(1, target[:, None])  # [B, 1]
-    if not own.isfinite().all():  # nothing ranks above a NaN
-        sys.exit("the model's scores are not finite; train it again with a lower --learning-rate")
+    target_score = scores.gather(1, target[:, None])  # [B, 1]
+    if not target_score.isfinite().all():  # nothing would rank above a NaN
+        sys.exit("the scores of the model are not finite; train it again with a lower --learning-rate")
     scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], own)
-    better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
+    scores.scatter_(1, target[:, None], target_score)
+    better = (scores > target_score).sum(1, dtype=torch.int32)
+    equal = (scores == target_score).sum(1, dtype=torch.int32)  # the target itself is one of them
     return 1 + better.double() + (equal.double() - 1) / 2
 
 
 @torch.no_grad()
-def validate(model, user_ids, starts, items, judged, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
-    judged = judged[share()]
-    ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
-    slices = math.ceil(max(len(end) * min(1, items.max() / 2**22), len(end) / 256))  # of 16 MiB of scores
-    for chosen in np.array_split(np.argsort(end - begin), slices):
-        b, e = begin[chosen], end[chosen]
-        window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
-        _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
-        target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
+def validate(model, data, users, max_length, device):
+    """HR@10 and NDCG@10 of the validation items of `users` [W], ranked among all items they have not seen."""
+    users, ranks = users[RANK::PROCESSES], []
+    begin, end = data.starts[users], data.train_end[users]
+    # slices of at most 256 users and 16 MiB of scores
+    num_slices = math.ceil(max(len(users) * min(1, data.items.max() / 2**22), len(users) / 256))
+    for part in np.array_split(np.argsort(end - begin), num_slices):
+        b, e = begin[part], end[part]
+        window = pad_batch(data.items, np.maximum(b, e - max_length), e).to(device)
+        _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), window)
+        target, seen = torch.from_numpy(data.items[e]).to(device), pad_batch(data.items, b, e).to(device)
+        ranks.append(rank_of_target(last_output(output, window) @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
-    users, hr, ndcg = sums = torch.stack([torch.ones_like(hit), hit, hit / torch.log2(rank + 1)]).sum(1)
-    add_up([sums])
-    return (hr / users).item(), (ndcg / users).item()
+    sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
+    sum_over_processes([sums])
+    return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
 
-def sha256_of(path):
-    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+# ---- Files -----------------------------------------------------------------------------------------------
 
 
 def write(path, content):
-    """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    if share().start:  # one process writes
+    """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
+    if RANK:  # one process writes
         return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -602,198 +622,172 @@ def write(path, content):
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
+        temporary.unlink(missing_ok=True)  # after a full disk or Ctrl-C
 
 
 def export(model, max_length):
-    """The program of `model`, with its parameters, for any number of users and up to `max_length` items."""
+    """The program of `model`, with a copy of its weights. It takes histories of up to `max_length` items."""
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
     example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
-    return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
+    shapes = {0: batch}, {0: batch, 1: length}
+    return torch.export.export(copy.deepcopy(model).eval(), example, dynamic_shapes=shapes)
 
 
-def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
-    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
-    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
+def load_model(path, data, device, any_data=False):
+    """The module of a model file on `device`, with dropout off, and its config.
+
+    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
+    or users than `data`, or was trained on other data, unless `any_data`.
     """
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
-    file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
+    file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
     try:
         if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
         file.seek(0)
         program = torch.export.load(file, extra_files=extra)
+        with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
-            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
-        if config["max_length"] < max_length or len(hidden) <= layers:
-            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
-        if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
+        example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
+        hidden, output, vectors = program.module()(*example)
+        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
-    except Exception as error:  # whatever unpickling meets in a file of another kind
+        module = move_to_device_pass(program, device).module()
+    except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
-def module_of(program, device):
-    """The module of a loaded program, on `device`, where it then makes its constants, too."""
-    module = program.module().to(device)
+class Run:
+    """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    def there(x):
-        return torch.device(device) if isinstance(x, torch.device) else x
-
-    for part in module.modules():
-        vars(part).update({k: x.to(device) for k, x in vars(part).items() if isinstance(x, torch.Tensor)})
-        if isinstance(part, torch.fx.GraphModule):
-            for node in part.graph.nodes:
-                node.args, node.kwargs = map_aggregate(node.args, there), map_aggregate(node.kwargs, there)
-            part.recompile()
-    return module
-
-
-def save_model(args, out, program, module, validation, **config):
-    """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture", "resume")
-    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
-    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
-    buffer = io.BytesIO()
-    module.cpu()  # whoever reads the file may have no other device
-    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-    module.to(args.device)
-    write(out, buffer.getvalue())
-
-
-def run_of(args):
-    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    files = {"data": sha256_of(args.data), "script": sha256_of(__file__), "number of processes": share().step}
-    return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-def save_checkpoint(out, run, parts, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
-    tensors and plain values.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
+    checkpoint holds: tensors and plain values, by name.
     """
-    buffer = io.BytesIO()
-    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
-    write(f"{out}.ckpt", buffer.getvalue())
 
+    def __init__(self, args, data, parts=()):
+        self.out, self.parts, self.log, self.state = args.out, parts, [], {}
+        paths = ("data", "out", "teacher", "student", "architecture", "resume")
+        settings = {name: value for name, value in vars(args).items() if name not in paths}
+        versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+        self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+        self.made_by["data_sha256"] = data.sha256
+        # a resumed run must have all this in common with the run that was stopped
+        files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
+        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
+        self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
+        path = Path(f"{args.out}.ckpt")
+        if path.exists() and not args.resume:
+            sys.exit(f"{path}: a run stopped here; give --resume, or remove the file")
+        if args.resume:
+            content = io.BytesIO(path.read_bytes())
+            try:
+                common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+            except Exception:  # whatever unpickling meets in another file
+                sys.exit(f"{path} cannot be resumed: it is not a checkpoint")
+            if changed := [name for name in self.common if common.get(name) != self.common[name]]:
+                sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        print(f"{len(data.user_ids):,} users, {data.items.max():,} items, {len(data.items):,} interactions")
 
-def load_checkpoint(args, parts):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
-    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
-    """
-    path, run = Path(f"{args.out}.ckpt"), run_of(args)
-    if path.exists() and not args.resume:
-        sys.exit(f"{path}: a run stopped here; --resume it, or remove it")
-    if not args.resume:
-        return run, {}
-    file = io.BytesIO(path.read_bytes())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(file, "cpu", weights_only=True)
-        if other := [name for name in run if found["run"].get(name) != run[name]]:
-            sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"], strict=True):
-            part.load_state_dict(state)
-        return run, found["rest"]
-    except Exception:  # whatever unpickling meets in a file of another kind
-        sys.exit(f"{path} cannot be resumed: it is damaged")
+    def save_model(self, path, program, module, validation=None, **config):
+        """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
+        for name, weight in module.state_dict().items():
+            program.state_dict[name].data.copy_(weight)
+        buffer, config = io.BytesIO(), config | self.made_by | {"validation": validation}
+        torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+        write(path, buffer.getvalue())
 
-
-def complete(out):
-    """Remove OUT.ckpt, when all processes have come to the end of the run."""
-    if dist.is_initialized():
-        dist.barrier()
-    if not share().start:
-        Path(f"{out}.ckpt").unlink(missing_ok=True)
-
-
-def report(out, log, left, began, mark=""):
-    """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
-    minutes = (time.time() - began) / len(log) * left / 60
-    print(f"epoch {log[-1]['epoch']:3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
-    write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    def end_epoch(self, line, epochs_left, mark="", **state):
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        self.log.append(line)
+        figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
+        seconds = np.mean([line["seconds"] for line in self.log]) * epochs_left
+        left = f"at least {seconds / 60:.1f} min left"
+        print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
+        write(f"{self.out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        if epochs_left:
+            buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
+            torch.save((self.common, states, self.log, state), buffer)
+            write(f"{self.out}.ckpt", buffer.getvalue())
+        elif not RANK:
+            Path(f"{self.out}.ckpt").unlink(missing_ok=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------
 
-SETTINGS = {  # for bpr (notebook's cells 8, 9, 11) and cdae (8, 9, 12) as published, for sequence models ours
-    "learning_rate": (float, 1e-3, 2e-3, 1e-3, "of Adam"),
-    "temperature": (float, 5.0, 2.0, 1.0, "tau, divides the other's logits; inf: its label is 1/2"),
-    "epsilon_exp": (float, 1e-4, 1e-4, 1e-3, "epsilon_e of p_S->T"),
-    "epsilon_tanh": (float, 1e-2, 1e-4, 1e-2, "epsilon_t of p_T->S"),
-    "batch_size": (int, 128, 128, 32, "observed pairs a step with bpr, else users"),
-    "warm_up_weight_decay": (float, (7.8e-6, 0.0), (3.4e-7, 3.4e-7), (0.0, 0.0), "of Adam; 1e-3 for sums"),
-    "samples": (int, 1, 5, 1, "k: negatives, and drawn items in each direction, for each observed one"),
-    "warm_up": (int, 1000, 1000, 0, "epochs alone, where no models are given"),
-    "epochs": (int, 100, 1000, 20, "epochs together; if 0, the warmed up models are written"),
-}
+# --help shows the text at the top of this file as it stands, and the default of each option
+Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--help`: the words at the top of this file as they stand, and each option's default."""
+def number(kind, low, high=math.inf):
+    """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
+    def convert(text):
+        if not low <= kind(text) <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
 
-def refuse_numbers(parser, args):
-    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
-    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            low = type(x) in (int, float) and not x >= 0  # or NaN
-            low |= type(x) is int and x == 0 and name not in may_be_0
-            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
-                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
-    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--teacher", help="trained model to go on from, with --student. Load only trusted ones")
-    add("--student", help="trained model to go on from, with --teacher")
-    add("--out", required=True, help="what OUT-teacher.pt2, OUT-student.pt2 and OUT.log.jsonl begin with")
-    add("--base", choices=L_CF, default="sequence", help="of both; the last two: trained models")
+    add, count, positive = parser.add_argument, number(int, 1), number(float, 0)
     pair = {"nargs": 2, "metavar": ("TEACHER", "STUDENT")}
-    add("--dims", **pair, type=int, default=[50, 5], help="sizes of the vectors of a new bpr or cdae")
-    for name, (kind, *defaults, what) in SETTINGS.items():
-        options = pair if isinstance(defaults[0], tuple) else {}
-        what += "; {}, {}, {} of bpr, cdae, sequence models".format(*defaults)
-        add(f"--{name.replace('_', '-')}", **options, type=kind, default=argparse.SUPPRESS, help=what)
-    add("--lambda-teacher", type=float, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
-    add("--lambda-student", type=float, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
-    add("--weight-decay", **pair, type=float, default=[0.0, 0.0], help="of Adam while both train")
-    add("--period", type=int, default=10, help="p: epochs between renewals of the ranks")
-    add("--direction", choices=["both", "none"], default="both", help="none: both go on alone")
-    add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that are taught")
-    add("--sign", choices=["paper", "published"], default="paper", help="of the rank discrepancy")
-    add("--negatives", choices=["uniform", "drawn"], default="uniform", help="of L_CF; drawn: what is taught")
-    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
-    add("--seed", type=int, default=0, help="same seed, data and machine: same files")
+    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("--teacher", help="trained model to start from, with --student. Load only files you trust")
+    add("--student", help="trained model to start from, with --teacher")
+    add("--out", required=True, help="start of the names OUT-teacher.pt2, OUT-student.pt2, OUT.log.jsonl")
+    add(
+        "--base", choices=BASES, default="sequence", help="kind of both; sequence and softmax need two models"
+    )
+    add("--dims", **pair, type=count, default=[50, 5], help="sizes of the vectors of a new bpr or cdae")
+    add("--learning-rate", type=positive, help="of Adam")
+    add("--temperature", type=positive, help="tau, divides the other's logits; inf: each label is 1/2")
+    add("--epsilon-exp", type=positive, help="epsilon_e of p_S->T")
+    add("--epsilon-tanh", type=positive, help="epsilon_t of p_T->S")
+    add("--batch-size", type=count, help="users a step; with bpr, observed pairs")
+    add("--warm-up-weight-decay", **pair, type=positive, help="of Adam, in the warm-up")
+    add("--samples", type=count, help="k: negatives, and drawn items per direction, per observed item")
+    add("--warm-up", type=number(int, 0), help="epochs alone; 0 if models are given")
+    add("--epochs", type=number(int, 0), help="epochs of joint training; 0 writes the models after warm-up")
+    add("--lambda-teacher", type=positive, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
+    add("--lambda-student", type=positive, default=0.5, help="lambda_T->S, weight of L_BD(S;T)")
+    add("--weight-decay", **pair, type=positive, default=[0.0, 0.0], help="of Adam, in joint training")
+    add("--period", type=count, default=10, help="p: epochs between renewals of the ranks")
+    add("--direction", choices=["both", "none"], default="both", help="none: both models train on alone")
+    add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that teach")
+    add("--sign", choices=["paper", "published"], default="paper", help="of the rank difference")
+    add(
+        "--negatives",
+        choices=["uniform", "drawn"],
+        default="uniform",
+        help="of L_CF; drawn: those that teach",
+    )
+    add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.epilog = "\n".join(f"defaults of {name}: {base.defaults}" for name, base in BASES.items())
+    args, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**BASES[args.base].defaults | ({"warm_up": 0} if args.teacher else {}))
     args = parser.parse_args(argv)
-    if bool(args.teacher) != bool(args.student) or (args.base not in BASES and not args.teacher):
+    if bool(args.teacher) != bool(args.student) or not (BASES[args.base].model or args.teacher):
         parser.error("give --teacher and --student, two trained models, or --base bpr or cdae")
-    for name, (_, *defaults, _) in SETTINGS.items():
-        if name not in args:
-            given = name == "warm_up" and args.teacher
-            setattr(args, name, 0 if given else defaults[min(2, list(L_CF).index(args.base))])
-    refuse_numbers(parser, args)
     if not args.teacher and args.warm_up + args.epochs == 0:
         parser.error("--warm-up and --epochs are 0: nothing to train")
     try:
         train(args)
-    except OSError as error:  # a file that is not there, or a place that cannot be written
+    except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.out}: {error.strerror}")
-    except KeyboardInterrupt:  # files are whole at any time
-        more = ", --resume goes on after the last whole epoch" * Path(f"{args.out}.ckpt").exists()
-        print(f"stopped{more}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on after the last whole epoch, if there is one")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Compare models on one data set: accuracy, size and speed, side by side.
 
-Leave-one-out, full ranking over the items a user has not seen; a tie counts against the target by halves.
-The sampled protocols are there to compare with papers alone: they rank models inconsistently (Krichene and
-Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020).
+Accuracy is leave-one-out, with full ranking over the items that a user has not seen. A tie counts half. The
+sampled protocols serve only to compare with papers: they rank models inconsistently (Krichene and Rendle,
+"On Sampled Metrics for Item Recommendation", KDD 2020).
 
-Reads   interactions, `user item` a row (data/README.md), and any model files (README.md, "The model file").
-        A model file is code: load only files that you trust.
-Writes  a table, or JSON, on standard output, and --ranks. The first model is what others are compared with.
-
-Shapes  B users, T positions, V items, item 0 padding, e features of an output.
+Reads   interactions, `user item` a row (data/README.md), and model files (README.md, "The model file"). A
+        model file is code: load only files that you trust.
+Writes  a table, or JSON, on standard output. The other models are compared with the first one.
+Shapes  B users, T positions, V items, e features of an output. Item 0 is padding.
 
     python evaluate.py data/ml-100k.txt runs/teacher.pt2 runs/student.pt2
 """
@@ -24,79 +23,94 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import namedtuple
+from itertools import product
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
 from scipy import stats
-from torch.fx.node import map_aggregate
+from torch.export.passes import move_to_device_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-BATCH = 256  # users a batch when batches are timed
+BATCH = 256  # users a batch, where batches are timed
 
 # ---- Accuracy --------------------------------------------------------------------------------------------
 
-
-@torch.no_grad()
-def score(model, users, windows):
-    """Scores [B, V+1] of all items after the last item of each history; users [B], windows [B, T]."""
-    _, output, item_vectors = model(users, windows)
-    last = (windows > 0).sum(1) - 1
-    return output[torch.arange(len(windows), device=windows.device), last] @ item_vectors.T
+# Each user's value from the rank of the target, 1 for the best: float64 [users]. An entry here is all that a
+# new metric needs.
+METRICS = {
+    "HR": lambda rank, k: (rank <= k).astype(float),
+    "NDCG": lambda rank, k: (rank <= k) / np.log2(rank + 1),
+    "MRR": lambda rank, k: (rank <= k) / rank,
+}
 
 
 def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
+    """rho = 1 + #{better} + #{equal} / 2 of each row's target, among the items not in `seen`: float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
-    what chance gives in the mean among items that are scored alike.
+    scores [B, V+1] are overwritten; target [B]; seen [B, H], 0 for padding. A tie counts half: this is the
+    expected rank under random tie-breaking.
     """
-    own = scores.gather(1, target[:, None])  # [B, 1]
-    if not own.isfinite().all():  # nothing ranks above a NaN
-        sys.exit("the model's scores are not finite; train it again with a lower --learning-rate")
+    target_score = scores.gather(1, target[:, None])  # [B, 1]
+    if not target_score.isfinite().all():  # nothing would rank above a NaN
+        sys.exit("the scores of the model are not finite; train it again with a lower --learning-rate")
     scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], own)
-    better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
+    scores.scatter_(1, target[:, None], target_score)
+    better = (scores > target_score).sum(1, dtype=torch.int32)
+    equal = (scores == target_score).sum(1, dtype=torch.int32)  # the target itself is one of them
     return 1 + better.double() + (equal.double() - 1) / 2
 
 
-def draw_candidates(weight, taken, count, generator):
-    """`count` different items a row, drawn in proportion to `weight`, none of them in `taken`: [B, count].
+def last_output(output, items):
+    """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
+    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
 
-    weight [V+1]; taken [B, H], 0 for padding. Each item gets an exponential waiting time of rate `weight`:
-    the first to come are a weighted sample without replacement. Ends where too few items are left.
+
+@torch.no_grad()
+def score(model, users, items):
+    """Scores [B, V+1] of all items after the last item of each history; users [B], items [B, T]."""
+    _, output, item_vectors = model(users, items)
+    return last_output(output, items) @ item_vectors.T
+
+
+def draw_candidates(weight, taken, count, generator):
+    """`count` different items a row, drawn in proportion to `weight` [V+1], none of `taken`: [B, count].
+
+    taken [B, H], 0 for padding. Each item gets an exponential waiting time of rate `weight`. The first items
+    to come are a weighted sample without replacement.
     """
     waiting = torch.empty(len(taken), len(weight)).exponential_(generator=generator) / weight
-    waiting.scatter_(1, taken, math.inf)
-    waiting[:, 0] = math.inf
-    time_of, drawn = waiting.topk(min(count, waiting.shape[1]), dim=1, largest=False)
-    if drawn.shape[1] < count or time_of.isinf().any():
+    waiting.scatter_(1, taken, math.inf)[:, 0] = math.inf
+    arrival, drawn = waiting.topk(min(count, waiting.shape[1]), dim=1, largest=False)
+    if drawn.shape[1] < count or arrival.isinf().any():
         sys.exit(f"a user has fewer than {count} unseen items to draw; lower --negatives")
     return drawn
 
 
-def rank_all(model, max_length, data, inputs, evaluated, end, args):
-    """Rank of every evaluated user's target, `items[end]`, after the history before it: float64 [users].
+def rank_all(model, max_length, data, inputs, users, end, args):
+    """The rank of the target items[end] of each of `users`, after the history before it: float64 [users].
 
-    `data` is what `read_interactions` gives, and `inputs` what the model reads: the same, or histories that
-    begin otherwise; `evaluated` [users] which users, `end` [users] where their histories end. With --protocol
-    uniform or popularity, among the target and --negatives drawn items, which are the same for every model.
+    users are indices into data.user_ids. The model reads `inputs`: Interactions like `data`, or with more
+    items before each history. With --protocol uniform or popularity, the rank is among the target and
+    --negatives drawn items, the same for every model.
     """
-    user_ids, starts, items = data
-    begin, ranks = starts[evaluated], np.empty(len(end))
-    first, after = inputs[1][evaluated], inputs[1][evaluated + 1] - (starts[evaluated + 1] - end)
-    generator, counts = torch.Generator().manual_seed(args.seed), np.bincount(items)
+    begin, ranks = data.starts[users], np.empty(len(users))
+    first, after = inputs.starts[users], inputs.starts[users + 1] - (data.starts[users + 1] - end)
+    generator, counts = torch.Generator().manual_seed(args.seed), np.bincount(data.items)
     weight = torch.from_numpy(counts if args.protocol == "popularity" else np.ones(len(counts))).float()
     order = np.argsort(end - begin, kind="stable")
-    size = max(1, min(64, 2**22 // len(counts)))  # users a slice: it should fit the cache
-    for chosen in (order[k : k + size] for k in range(0, len(order), size)):
-        b, e = begin[chosen], end[chosen]
-        users = torch.from_numpy(user_ids[evaluated[chosen]]).to(args.device)
-        window = np.maximum(first[chosen], after[chosen] - max_length), after[chosen]
-        scores = score(model, users, pad_batch(inputs[2], *window).to(args.device))
-        target, seen = torch.from_numpy(items[e]).to(args.device), pad_batch(items, b, e).to(args.device)
+    rows = max(1, min(64, 2**22 // len(counts)))  # users a slice: it should fit the cache
+    for part in (order[n : n + rows] for n in range(0, len(order), rows)):
+        b, e = begin[part], end[part]
+        ids = torch.from_numpy(data.user_ids[users[part]]).to(args.device)
+        window = pad_batch(inputs.items, np.maximum(first[part], after[part] - max_length), after[part])
+        scores = score(model, ids, window.to(args.device))
+        target, seen = (
+            torch.from_numpy(data.items[e]).to(args.device),
+            pad_batch(data.items, b, e).to(args.device),
+        )
         if args.protocol != "full":
             taken = torch.cat([seen, target[:, None]], 1).cpu()
             drawn = draw_candidates(weight, taken, args.negatives, generator).to(args.device)
@@ -104,14 +118,8 @@ def rank_all(model, max_length, data, inputs, evaluated, end, args):
             scores = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
         if args.keep_seen or args.protocol != "full":
             seen = torch.zeros_like(seen[:, :1])
-        ranks[chosen] = rank_of_target(scores, target, seen).cpu()
+        ranks[part] = rank_of_target(scores, target, seen).cpu()
     return ranks
-
-
-def metrics(rank, k):
-    """Each user's HR@k, NDCG@k and MRR@k from the `rank` of the target, 1 = best: three float64 [users]."""
-    hit = (rank <= k).astype(np.float64)
-    return hit, hit / np.log2(rank + 1), hit / rank
 
 
 def bootstrap_interval(values, seed, resamples=1000):
@@ -122,44 +130,42 @@ def bootstrap_interval(values, seed, resamples=1000):
 
 
 def paired_p_value(values, reference):
-    """Two-sided p-value of the paired t-test that both models' per-user values have the same mean."""
+    """Two-sided p-value of the paired t-test that both models have the same mean; both [users]."""
     return float(stats.ttest_rel(values, reference).pvalue) if (values != reference).any() else 1.0
 
 
 # ---- Size and speed --------------------------------------------------------------------------------------
 
 
-def count_parameters(model, user_count, item_count):
-    """Number of parameters: all, and those outside tables with a row for each item or user."""
-    tables = {item_count, item_count + 1, user_count, user_count + 1}
+def count_parameters(model, num_users, num_items):
+    """Number of parameters: all, and those outside of tables with a row for each item or user."""
+    tables = {num_items, num_items + 1, num_users, num_users + 1}
     outside = [p.numel() for p in model.parameters() if not tables & set(p.shape)]
     return sum(p.numel() for p in model.parameters()), sum(outside)
 
 
 @torch.no_grad()
 def count_multiply_adds(model, max_length, device):
-    """Multiply-adds of the model for one history of `max_length` items, and of then scoring all items."""
+    """Multiply-adds of the model for one history of `max_length` items, and of scoring all items after it."""
     items = torch.ones(1, max_length, dtype=torch.int64, device=device)
-    # the counter knows matrix products, not the fused attention: take that apart for counting
+    # the counter knows matrix products but not the fused attention, so that is taken apart here
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, _, item_vectors = model(items[:, 0], items)
     return counter.get_total_flops() // 2, item_vectors[1:].numel()
 
 
-def milliseconds(model, data, max_length, device, batch, repeats):
-    """Median time to score all items for `batch` users, from histories to scores, over `repeats` batches.
+def milliseconds(model, data, max_length, device, batch_size, repeats):
+    """Median time to score all items for `batch_size` users, from histories to scores, over `repeats`.
 
-    The users are spread evenly over the data, and alike for every model; one batch before is not counted.
+    The users are spread evenly over the data, the same for every model. The first batch is not counted.
     """
-    user_ids, starts, items = data
-    spread, times = np.linspace(0, len(user_ids) - 1, batch * (repeats + 1)).astype(int), []
-    for chosen in np.random.default_rng(0).permutation(spread).reshape(repeats + 1, batch):
-        end = starts[chosen + 1]
-        users = torch.from_numpy(user_ids[chosen]).to(device)
-        windows = pad_batch(items, np.maximum(starts[chosen], end - max_length), end).to(device)
-        tick = time.perf_counter()
-        score(model, users, windows)[0, 0].item()  # a number to wait for, where there is another device
-        times.append(1000 * (time.perf_counter() - tick))
+    spread, times = np.linspace(0, len(data.user_ids) - 1, batch_size * (repeats + 1)).astype(int), []
+    for users in np.random.default_rng(0).permutation(spread).reshape(repeats + 1, batch_size):
+        end = data.starts[users + 1]
+        window = pad_batch(data.items, np.maximum(data.starts[users], end - max_length), end).to(device)
+        ids, start = torch.from_numpy(data.user_ids[users]).to(device), time.perf_counter()
+        score(model, ids, window)[0, 0].item()  # .item() waits for a GPU
+        times.append(1000 * (time.perf_counter() - start))
     return float(np.median(times[1:]))
 
 
@@ -167,43 +173,47 @@ def milliseconds(model, data, max_length, device, batch, repeats):
 
 
 def evaluate(args):
-    """All figures of all models: a list of dictionaries, as printed by --json."""
-    data = user_ids, starts, items = read_interactions(args.data)
-    last_ids = int(user_ids.max()), int(items.max())
-    train_end, evaluated = leave_one_out(starts)
-    evaluated = np.flatnonzero(evaluated)
-    if len(evaluated) == 0:
+    """All figures of all models: a list of dictionaries, as --json prints them."""
+    data = inputs = read_interactions(args.data)
+    users = np.flatnonzero(data.evaluated)
+    if len(users) == 0:
         sys.exit(f"{args.data}: no user has 3 interactions or more, so there is nothing to evaluate")
-    if args.users and args.users < len(evaluated):
-        drawn = np.random.default_rng(args.seed).choice(len(evaluated), args.users, replace=False)
-        evaluated = evaluated[np.sort(drawn)]
-    end = train_end[evaluated] + (args.split == "test")
-    inputs = data
-    if args.inputs:  # they have to end with the items of `data`
+    if args.users and args.users < len(users):
+        users = np.sort(np.random.default_rng(args.seed).choice(users, args.users, replace=False))
+    end = data.train_end[users] + (args.split == "test")
+    if args.inputs:  # its histories must end with those of `data`
         inputs = read_interactions(args.inputs)
-        same = np.array_equal(inputs[0], user_ids) and (np.diff(inputs[1]) >= np.diff(starts)).all()
-        place = np.arange(len(items)) + np.repeat(inputs[1][1:] - starts[1:], np.diff(starts)) if same else []
-        if not same or (inputs[2][place] != items).any() or inputs[2].max() > last_ids[1]:
+        lengths, same = np.diff(data.starts), np.array_equal(inputs.user_ids, data.user_ids)
+        if same and (np.diff(inputs.starts) >= lengths).all() and inputs.items.max() <= data.items.max():
+            places = np.arange(len(data.items)) + np.repeat(inputs.starts[1:] - data.starts[1:], lengths)
+            same = np.array_equal(inputs.items[places], data.items)
+        else:
+            same = False
+        if not same:
             sys.exit(f"{args.inputs}: not the histories of {args.data}, with or without more before them")
     reports, ranks = [], []
-    for path, (program, config) in [(path, load_model(path, *last_ids)) for path in args.models]:
-        if config.get("data_sha256", sha256_of(args.data)) != sha256_of(args.data):
+    for path, (model, config) in [(path, load_model(path, data, args.device, True)) for path in args.models]:
+        if config.get("data_sha256", data.sha256) != data.sha256:
             print(f"note: {path} was trained on other data than {args.data}", file=sys.stderr)
-        model, max_length = module_of(program, args.device), config["max_length"]
-        ranks.append(rank := rank_all(model, max_length, data, inputs, evaluated, end, args))
-        report = {"model": str(path), "stage": config.get("stage"), "users": len(rank), "split": args.split}
-        for k in args.at:
-            for name, values in zip(("HR", "NDCG", "MRR"), metrics(rank, k), strict=True):
-                report[f"{name}@{k}"] = float(values.mean())
-        ndcg, first = (metrics(ranks[n], 10)[1] for n in (-1, 0))
+        ranks.append(rank_all(model, config["max_length"], data, inputs, users, end, args))
+        report = {"model": str(path), "stage": config.get("stage"), "users": len(users), "split": args.split}
+        for name, k in product(METRICS, args.at):
+            of_model, of_first = (METRICS[name](rank, k) for rank in (ranks[-1], ranks[0]))
+            report[f"{name}@{k}"] = float(of_model.mean())
+            report[f"{name}@{k}_p_value"] = paired_p_value(of_model, of_first)
+        ndcg, of_first = (METRICS["NDCG"](rank, 10) for rank in (ranks[-1], ranks[0]))
         report["NDCG@10_interval"] = bootstrap_interval(ndcg, args.seed)
-        report["p_value"] = paired_p_value(ndcg, first)
-        report["parameters"], report["parameters_without_embeddings"] = count_parameters(model, *last_ids)
-        report["macs"], report["macs_item_scores"] = count_multiply_adds(model, max_length, args.device)
-        report["ms_per_user"] = milliseconds(model, data, max_length, args.device, 1, 50)
-        a_batch = milliseconds(model, data, max_length, args.device, BATCH, 3)
-        reports.append(report | {"ms_per_1000_users": a_batch * 1000 / BATCH})
-        reports[-1]["speed_up"] = reports[0]["ms_per_user"] / report["ms_per_user"]
+        report["p_value"] = paired_p_value(ndcg, of_first)
+        sizes = count_parameters(model, data.user_ids.max(), data.items.max())
+        report["parameters"], report["parameters_without_embeddings"] = sizes
+        report["macs"], report["macs_item_scores"] = count_multiply_adds(
+            model, config["max_length"], args.device
+        )
+        timed = data, config["max_length"], args.device
+        report["ms_per_user"] = milliseconds(model, *timed, 1, 50)
+        report["ms_per_1000_users"] = milliseconds(model, *timed, BATCH, 3) * 1000 / BATCH
+        reports.append(report)
+        report["speed_up"] = reports[0]["ms_per_user"] / report["ms_per_user"]
     if args.ranks:
         np.save(args.ranks, np.stack(ranks, 1))
     return reports
@@ -215,175 +225,181 @@ def print_table(reports, args):
     unseen = "" if args.keep_seen and args.protocol == "full" else ", the history left out"
     print(f"{args.data}: {args.split} items of {reports[0]['users']:,} users, ranked among {among}{unseen}")
     rows = [("", "{name}")]
-    rows += [(f"{name}@{k}", f"{{{name}@{k}:.4f}}") for name in ("HR", "NDCG", "MRR") for k in args.at]
+    rows += [(f"{name}@{k}", f"{{{name}@{k}:.4f}}") for name in METRICS for k in args.at]
     rows += [
         ("NDCG@10, 95 % interval", "{NDCG@10_interval[0]:.4f}-{NDCG@10_interval[1]:.4f}"),
-        ("p-value against first", "{p_value:.2g}"),
+        ("p-value against the first", "{p_value:.2g}"),
         ("parameters", "{parameters:,}"),
         ("  without embeddings", "{parameters_without_embeddings:,}"),
         ("multiply-adds, one history", "{macs:,}"),
         ("  and to score the items", "{macs_item_scores:,}"),
-        ("ms a user, one by one", "{ms_per_user:.3f}"),
-        (f"ms 1,000 users, {BATCH} a batch", "{ms_per_1000_users:.1f}"),
-        ("speed-up, one by one", "{speed_up:.2f}x"),
+        ("ms, one request", "{ms_per_user:.3f}"),
+        (f"ms, 1,000 users, {BATCH} a batch", "{ms_per_1000_users:.1f}"),
+        ("speed-up, one request", "{speed_up:.2f}x"),
     ]
     columns = [[cell.format(name=Path(r["model"]).stem, **r) for _, cell in rows] for r in reports]
     for (label, _), *cells in zip(rows, *columns, strict=True):
-        wide = (f"{cell:>{max(map(len, column))}}" for cell, column in zip(cells, columns, strict=True))
-        print(f"{label:29}", *wide, sep="  ")
+        padded = (f"{cell:>{max(map(len, column))}}" for cell, column in zip(cells, columns, strict=True))
+        print(f"{label:29}", *padded, sep="  ")
 
 
 def recommend(args):
-    """Print the last 10 items of user --recommend, and each model's 10 best after the whole history."""
-    user_ids, starts, items = read_interactions(args.data)
-    loaded = [load_model(path, int(user_ids.max()), int(items.max())) for path in args.models]
-    names, titles = Path(f"{args.data}.items.tsv"), {}  # a line an item: id, tab, title
+    """Print the last 10 items of user --recommend, and each model's 10 best items after the whole history."""
+    data, titles = read_interactions(args.data), {}
+    models = [load_model(path, data, "cpu", True) for path in args.models]
+    names = Path(f"{args.data}.items.tsv")  # a line an item: id, tab, title
     if names.exists():
         titles = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
-    at = np.flatnonzero(user_ids == args.recommend)
-    if len(at) == 0:
-        sys.exit(f"{args.data} has no user {args.recommend}; take one from 1 to {user_ids.max()}")
-    history = torch.tensor(items[starts[at[0]] : starts[at[0] + 1]])
+    user = np.flatnonzero(data.user_ids == args.recommend)
+    if len(user) == 0:
+        sys.exit(f"{args.data} has no user {args.recommend}; take one from 1 to {data.user_ids.max()}")
+    history = torch.tensor(data.items[data.starts[user[0]] : data.starts[user[0] + 1]])
     tables = {f"user {args.recommend}: the last of {len(history)} items, oldest first": history[-10:]}
-    for path, (program, config) in zip(args.models, loaded, strict=True):
-        window, users = history[None, -config["max_length"] :], torch.from_numpy(user_ids[at])
-        scores = score(program.module(), users, window)[0]
+    for path, (model, config) in zip(args.models, models, strict=True):
+        scores = score(model, torch.from_numpy(data.user_ids[user]), history[None, -config["max_length"] :])[
+            0
+        ]
         scores[torch.zeros(1, dtype=int) if args.keep_seen else history] = scores[0] = -math.inf
         tables[f"{path} recommends"] = scores.topk(min(10, int(scores.isfinite().sum()))).indices
-    for title, table in tables.items():
-        lines = (f"    {item:>7}  {titles.get(str(item), '')}".rstrip() for item in table.tolist())
+    for title, items in tables.items():
+        lines = (f"    {item:>7}  {titles.get(str(item), '')}".rstrip() for item in items.tolist())
         print(title, *lines, sep="\n")
 
 
 # ---- Data and models -------------------------------------------------------------------------------------
 
+# The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
+# items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
+# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
-    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
+    Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
-    array = str(path).endswith(".npy")
+    is_text = not str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an empty file, which is told below
-            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+            warnings.simplefilter("ignore")  # numpy warns of an empty file
+            table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
-        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
-        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
-        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
-        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds, so look for the first bad line
+        lines = enumerate(Path(path).read_text(errors="replace").splitlines() if is_text else [], 1)
+        good = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?").fullmatch
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not good(line)), "")
+        sys.exit(f"{path}{bad}: a row must be `user item`, two ids from 1 (data/README.md)")
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
-
-
-def leave_one_out(starts):
-    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
-    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
-    """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
+        sys.exit(f"{path}: the rows of a user must stand together, oldest first")
+    sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
+    user_ids, starts = users[first].astype(int), np.append(first, len(users))
+    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
+    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
 
 
 def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
+    """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = places < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
 
 
-def sha256_of(path):
-    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def with_dropout(module, on):
+    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
 
-
-def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
-    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
-    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
+    Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
+    stays as it was exported.
     """
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
-    file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
+    aten = torch.ops.aten
+    place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
+    for node in module.graph.nodes:
+        if node.target in place:
+            node.update_arg(place[node.target], on)
+    module.recompile()
+    return module
+
+
+def load_model(path, data, device, any_data=False):
+    """The module of a model file on `device`, with dropout off, and its config.
+
+    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
+    or users than `data`, or was trained on other data, unless `any_data`.
+    """
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
+    file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
     try:
         if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
         file.seek(0)
         program = torch.export.load(file, extra_files=extra)
+        with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
-            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
-        if config["max_length"] < max_length or len(hidden) <= layers:
-            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
-        if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
+        example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
+        hidden, output, vectors = program.module()(*example)
+        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
-    except Exception as error:  # whatever unpickling meets in a file of another kind
+        module = move_to_device_pass(program, device).module()
+    except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
-
-
-def module_of(program, device):
-    """The module of a loaded program, on `device`, where it then makes its constants, too."""
-    module = program.module().to(device)
-
-    def there(x):
-        return torch.device(device) if isinstance(x, torch.device) else x
-
-    for part in module.modules():
-        vars(part).update({k: x.to(device) for k, x in vars(part).items() if isinstance(x, torch.Tensor)})
-        if isinstance(part, torch.fx.GraphModule):
-            for node in part.graph.nodes:
-                node.args, node.kwargs = map_aggregate(node.args, there), map_aggregate(node.kwargs, there)
-            part.recompile()
-    return module
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+# --help shows the text at the top of this file as it stands, and the default of each option
+Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--help`: the words at the top of this file as they stand, and each option's default."""
 
+def number(kind, low, high=math.inf):
+    """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
-def refuse_numbers(parser, args):
-    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
-    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            low = type(x) in (int, float) and not x >= 0  # or NaN
-            low |= type(x) is int and x == 0 and name not in may_be_0
-            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
-                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+    def convert(text):
+        if not low <= kind(text) <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def main(argv=None):
     """Read the command line, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("models", nargs="+", help="model files, compared with the first. Load only trusted ones")
-    add("--at", type=int, nargs="+", default=[5, 10, 20], metavar="K", help="cut-offs of HR, NDCG and MRR")
-    add("--split", choices=["test", "valid"], default="test", help="each user's last item, or that before it")
-    add("--protocol", choices=["full", "uniform", "popularity"], default="full", help="among which items")
-    add("--negatives", type=int, default=100, help="items drawn a user by --protocol uniform or popularity")
-    add("--keep-seen", action="store_true", help="also rank items that are in the history (full ranking)")
-    add("--inputs", help="histories for the models to read, that begin otherwise (related/asrep.py)")
-    add("--seed", type=int, default=0, help="of drawn negatives and users, and of the bootstrap")
-    add("--users", type=int, help="judge so many, drawn ones, where there are more")
+    add("models", nargs="+", help="model files; the first is the baseline. Load only files you trust")
+    add("--at", type=count, nargs="+", default=[5, 10, 20], metavar="K", help="cut-offs of the metrics")
+    add(
+        "--split",
+        choices=["test", "valid"],
+        default="test",
+        help="the last item of each user, or the one before",
+    )
+    add("--protocol", choices=["full", "uniform", "popularity"], default="full", help="items to rank among")
+    add("--negatives", type=count, default=100, help="items drawn per user by uniform and popularity")
+    add("--keep-seen", action="store_true", help="also rank items of the history (full ranking)")
+    add("--inputs", help="histories for the models to read, with more items before them (related/asrep.py)")
+    add("--seed", type=number(int, 0), default=0, help="of drawn negatives and users, and of the bootstrap")
+    add("--users", type=count, help="evaluate only so many users, drawn at random")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
-    add("--json", action="store_true", help="print a list with an object a model instead of the table")
-    add("--recommend", type=int, metavar="USER", help="print what each model recommends to this user")
+    add("--json", action="store_true", help="print a list with an object per model instead of the table")
+    add(
+        "--recommend",
+        type=number(int, 0),
+        metavar="USER",
+        help="print what each model recommends to this user",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    refuse_numbers(parser, args)
-    if args.negatives < 1:
-        parser.error("--negatives must be 1 or more")
     try:
         if args.recommend is not None:
             recommend(args)
@@ -391,7 +407,7 @@ def main(argv=None):
             print(json.dumps(evaluate(args), indent=2))
         else:
             print_table(evaluate(args), args)
-    except OSError as error:  # a file that is not there
+    except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.ranks}: {error.strerror}")
 
 

@@ -1,19 +1,20 @@
 """Stage 1: train the teacher, SASRec, on one data set.
 
-Wang-Cheng Kang and Julian McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018, arXiv 1808.09781;
-with the full-softmax loss of Klenitskiy and Vasilev, RecSys 2023, arXiv 2309.07602, as the default.
+Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018, arXiv 1808.09781.
+The default loss is the full softmax of Klenitskiy and Vasilev, RecSys 2023, arXiv 2309.07602:
 
     L = - mean over positions t of log softmax_i(F_t . M_i) at i = s_{t+1}
 
 Reads   interactions, `user item` a row (data/README.md).
-Writes  OUT, the model as an exported program (README.md, "The model file"), of the epoch whose validation
-        NDCG@10 was best; and OUT.log.jsonl, a line an epoch.
-Shapes  B users, T positions, N of them real, d features, V items, item 0 padding, L blocks, k negatives.
+Writes  OUT, the model of the epoch with the best validation NDCG@10 (README.md, "The model file").
+        OUT.log.jsonl, a line an epoch.
+Shapes  B users, T positions, N real positions, d features, V items, L blocks, k negatives. Item 0 is padding.
 
     python sasrec_teacher.py data/ml-100k.txt --out runs/teacher.pt2
 """
 
 import argparse
+import copy
 import hashlib
 import io
 import json
@@ -23,8 +24,8 @@ import re
 import sys
 import time
 import warnings
+from collections import namedtuple
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -35,35 +36,26 @@ from torch import nn
 # ---- Model (SASRec, section III) -------------------------------------------------------------------------
 
 
-class Dropout(nn.Dropout):
-    """torch's, with a mask of uniform numbers: on an AMD CPU they take a third of the time of Bernoulli's."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)  # what a model file has
-        return x * ((torch.rand_like(x) >= self.p) / (1 - self.p))
-
-
 class Block(nn.Module):
-    """x <- x + Dropout(g(LayerNorm(x))); g is causal self-attention, then the feed-forward network.
+    """x <- x + Dropout(g(LayerNorm(x))): g is causal self-attention first, then the feed-forward network.
 
-    With `scaled`, x + epsilon * Dropout(g(LayerNorm(x))), epsilon learned from 0: a deep stack starts as the
-    identity and so can be trained (AdaRec's teacher).
+    With `scaled`: x <- x + epsilon Dropout(g(LayerNorm(x))). The scalar epsilon is learned and starts at 0.
+    So a deep stack starts as the identity, and training succeeds (published code of AdaRec's teacher).
     """
 
-    def __init__(self, dim, heads, dropout, scaled):
+    def __init__(self, dim, num_heads, dropout, scaled):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm_1, self.norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query_key_value, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.W_1, self.W_2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None
 
     def attention(self, x):
-        """softmax(Q K^T / sqrt(d/heads)) V, position t seeing positions up to t alone (section III-B)."""
-        per_head = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, h, d/h]
-        q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, h, T, d/h]
+        """softmax(Q K^T / sqrt(d / heads)) V. Position t sees the positions up to t only (section III-B)."""
+        per_head = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, d/heads]
+        q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d/heads]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.projection(attended.transpose(1, 2).flatten(2))  # [B, T, d]
 
@@ -72,34 +64,33 @@ class Block(nn.Module):
         return self.W_2(F.relu(self.W_1(x)))
 
     def forward(self, x):
-        update = self.dropout(self.attention(self.norm_1(x)))
-        x = x + (update if self.epsilon is None else self.epsilon[0] * update)
-        update = self.dropout(self.feed_forward(self.norm_2(x)))
-        return x + (update if self.epsilon is None else self.epsilon[1] * update)
+        epsilon_1, epsilon_2 = (1.0, 1.0) if self.epsilon is None else self.epsilon
+        x = x + epsilon_1 * self.dropout(self.attention(self.norm_1(x)))
+        return x + epsilon_2 * self.dropout(self.feed_forward(self.norm_2(x)))
 
 
 class SASRec(nn.Module):
-    """Self-attentive sequential recommender; `forward` is the contract of a model file.
+    """Self-attentive sequential recommender. `forward` is the contract of a model file.
 
-    Histories are padded on the right: a causal model needs no mask for what comes later.
+    Histories are padded on the right. The model is causal, so no mask is needed for the padding.
     """
 
-    def __init__(self, item_count, max_length, dim, blocks, heads, dropout, scaled=False):
+    def __init__(self, num_items, max_length, dim, num_blocks, num_heads, dropout, scaled=False):
         super().__init__()
-        self.M = nn.Embedding(item_count + 1, dim, padding_idx=0)  # items, and scores by the same vectors
-        self.P = nn.Parameter(torch.empty(max_length, dim))  # positions
-        self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout, scaled) for _ in range(blocks))
+        self.M = nn.Embedding(num_items + 1, dim, padding_idx=0)  # item vectors, for input and for scores
+        self.P = nn.Parameter(torch.empty(max_length, dim))  # position vectors
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, scaled) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(dim)
         for weight in self.parameters():
             if weight.ndim == 2:
-                nn.init.normal_(weight, std=0.02)  # small: at first, what comes in passes on nearly unchanged
+                nn.init.normal_(weight, std=0.02)  # small, so each block starts close to the identity
         self.M.weight.data[0] = 0
 
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [L+1, B, T, d], output F [B, T, d], item_vectors M [V+1, d].
 
-        The score of item i after position t is r_{t,i} = F_t . M_i. SASRec does not look at users.
+        The score of item i after position t is r_{t,i} = F_t . M_i. SASRec ignores `users`.
         """
         # E_t = sqrt(d) M[s_t] + P_t
         x = math.sqrt(self.M.embedding_dim) * self.M(items) + self.P[: items.shape[1]]
@@ -109,15 +100,16 @@ class SASRec(nn.Module):
         return torch.stack(hidden), self.norm(hidden[-1]), self.M.weight
 
 
-# ---- Losses: means over the N real positions; output [N, d], target [N] the items that came next ---------
+# ---- Losses: means over the N real positions. output [N, d], target [N]: the next items ------------------
 
 
 def ce_loss(output, item_vectors, target):
-    """-log softmax_i(F_t . M_i) at the next item, over all V items (L_CE of arXiv 2309.07602).
+    """L_CE = -log softmax_i(F_t . M_i) at the next item, over all V items (arXiv 2309.07602).
 
-    The [N, V] scores are made a slice of rows at a time, with their gradient, and never kept.
+    This is F.cross_entropy(output @ item_vectors[1:].T, target - 1) in slices of rows. The [N, V] scores
+    never exist at once.
     """
-    rows = max(1, min(128, 2**23 // len(item_vectors)))  # a slice of at most 32 MiB
+    rows = max(1, min(128, 2**23 // len(item_vectors)))  # a slice is at most 32 MiB
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
     return F.linear_cross_entropy(output, item_vectors[1:], target - 1, options=options)
 
@@ -125,229 +117,241 @@ def ce_loss(output, item_vectors, target):
 def bce_loss(output, item_vectors, target, negatives):
     """-[log sigma(r_target) + sum_j log(1 - sigma(r_j))], j in `negatives` [N, k] (section III-E).
 
-    k is 1 as first published; arXiv 2309.07602 shows that more are better.
+    The SASRec paper has k = 1. arXiv 2309.07602 shows that more negatives are better.
     """
-    asked = torch.cat([target[:, None], negatives], 1)  # one look-up: its gradient is as large as the table
-    # not an einsum, which makes N products of matrices: slow where k is small
-    r = (output[:, None] * F.embedding(asked, item_vectors)).sum(-1)  # [N, 1 + k]
+    # one look-up for all items, because the gradient of a look-up is as large as the table
+    items = torch.cat([target[:, None], negatives], 1)
+    r = (output[:, None] * F.embedding(items, item_vectors)).sum(-1)  # [N, 1 + k]
     return -(F.logsigmoid(r[:, 0]) + F.logsigmoid(-r[:, 1:]).sum(-1)).mean()
 
 
-def sampled_loss(output, item_vectors, target, negatives, log_count):
-    """`ce_loss` estimated by the target and `negatives` [k] alone, which a batch shares.
+def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
+    """Log-probabilities [N, 1 + k] of the target, in column 0, and of the `negatives` [k] of a batch.
 
-    Each stands for the items that are not drawn, so its score is lowered by `log_count` [k], the log of how
-    often it is expected among the k (Bengio and Senecal, 2008). The position's target is left out there.
+    A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
+    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target does not count.
     """
-    positive_score = (output * F.embedding(target, item_vectors)).sum(-1)  # [N]
-    scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)  # [N, k]
-    scores = scores.masked_fill(target[:, None] == negatives, -math.inf)
-    return (torch.cat([positive_score[:, None], scores], 1).logsumexp(1) - positive_score).mean()
+    target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
+    scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
+    scores = scores.masked_fill(target[:, None] == negatives, -1e9)  # not -inf: KL has 0 (-inf - -inf) = NaN
+    return torch.cat([target_score, scores], 1).log_softmax(1)
 
 
-LOSSES = {"ce": ce_loss, "bce": bce_loss, "sampled": sampled_loss}
+LOSSES = {
+    "ce": ce_loss,
+    "bce": bce_loss,
+    "sampled": lambda *scored: -sampled_log_softmax(*scored)[:, 0].mean(),  # L_CE over k items, for large V
+}
 
 
-def proposal(items, begin, end):
-    """Q [V+1], how likely an item is drawn as a negative that a batch shares: half of Q is uniform, half as
-    the item is frequent in items[begin[k]:end[k]], the training histories.
+class SharedNegatives:
+    """Draws negatives that a whole batch shares.
+
+    Q [V+1] is the probability of each item: half its share of the training items, half uniform.
     """
-    training = np.concatenate([items[b:e] for b, e in zip(begin, end, strict=True)])
-    Q = (np.bincount(training, minlength=items.max() + 1) / len(training) + 1 / items.max()) / 2
-    Q[0] = 0
-    return Q
+
+    def __init__(self, data, histories):
+        items = np.concatenate([data.items[b:e] for b, e in zip(histories.begin, histories.end, strict=True)])
+        num_items = data.items.max()
+        self.Q = (np.bincount(items, minlength=num_items + 1) / len(items) + 1 / num_items) / 2
+        self.Q[0] = 0  # padding
+
+    def draw(self, k, rng):
+        """`k` items, with replacement, and the log of their expected counts: tensors [k]."""
+        drawn = rng.choice(len(self.Q), k, p=self.Q)
+        return torch.from_numpy(drawn), torch.from_numpy(np.log(k * self.Q[drawn]))
 
 
-def draw_shared(Q, k, rng):
-    """`k` items drawn from Q, with replacement, and the log of how often each is expected among them: [k]."""
-    drawn = rng.choice(len(Q), k, p=Q)
-    return torch.from_numpy(drawn), torch.from_numpy(np.log(k * Q[drawn]))
+class UnseenItems:
+    """Draws items uniformly among those that are not in a user's training history."""
 
+    def __init__(self, data):
+        user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
+        training = np.arange(len(data.items)) < data.train_end[user]
+        # a pair of user and item is one number, user * (V + 1) + item, so a look-up is a binary search
+        self.num_items = int(data.items.max())
+        self.seen = np.unique((user * (self.num_items + 1) + data.items)[training])
+        full = np.bincount(self.seen // (self.num_items + 1)) == self.num_items
+        if full.any():
+            sys.exit(f"user {data.user_ids[full.argmax()]} has seen every item; remove this user")
 
-def draw_negatives(users, seen, item_count, rng):
-    """A uniform item that the user has not seen, for each entry of `users`, indices: int64 of the same shape.
-
-    `seen` is what `seen_in_training` gives: a look-up is a binary search.
-    """
-    drawn, wrong = rng.integers(1, item_count + 1, users.size), np.arange(users.size)
-    while len(wrong):
-        key = users.flat[wrong] * (item_count + 1) + drawn[wrong]
-        wrong = wrong[seen[np.minimum(np.searchsorted(seen, key), len(seen) - 1)] == key]
-        drawn[wrong] = rng.integers(1, item_count + 1, len(wrong))
-    return drawn.reshape(users.shape)
+    def draw(self, users, rng):
+        """An item for each entry of `users`, indices into data.user_ids: int64 of the same shape."""
+        drawn, wrong = rng.integers(1, self.num_items + 1, users.size), np.arange(users.size)
+        while len(wrong):
+            pair = users.flat[wrong] * (self.num_items + 1) + drawn[wrong]
+            place = np.minimum(np.searchsorted(self.seen, pair), len(self.seen) - 1)
+            wrong = wrong[self.seen[place] == pair]
+            drawn[wrong] = rng.integers(1, self.num_items + 1, len(wrong))
+        return drawn.reshape(users.shape)
 
 
 # ---- Training --------------------------------------------------------------------------------------------
 
 
-def train(args):
-    """Train with Adam, stop early, write the model file and its log."""
-    began = time.time()
+def set_up(args):
+    """The data, the training histories, the validation users, the model, its program and its optimizer."""
     torch.manual_seed(args.seed)
-    user_ids, starts, items = read_interactions(args.data)
-    item_count = int(items.max())
-    rng = np.random.default_rng(args.seed)
-    users, begin, end, judged = training_part(args.data, starts, args.max_length, rng)
-    join(args, len(users), len(judged))
-    seen = seen_in_training(user_ids, starts, items) if args.loss == "bce" else None
-    Q = proposal(items, begin, end) if args.loss == "sampled" else None
-    shape = args.dim, args.blocks, args.heads, args.dropout
-    model = SASRec(item_count, args.max_length, *shape, scaled=args.blocks >= 4)
-    program = export(model, args.max_length)  # it has the model's parameters: what is learnt is saved with it
+    data = read_interactions(args.data)
+    histories, validation_users = training_part(data, args.max_length, args.seed)
+    join_processes(args, len(histories.users), len(validation_users))
+    shape = args.max_length, args.dim, args.blocks, args.heads, args.dropout
+    model = SASRec(int(data.items.max()), *shape, scaled=args.blocks >= 4)
+    program = export(model, args.max_length)
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
-    print(f"{len(user_ids):,} users, {item_count:,} items, {len(items):,} interactions; on {args.device}")
-    steps, positions = math.ceil(len(users) / args.batch_size), int((end - begin - 1).sum())
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * steps)
+    return data, histories, validation_users, model, program, optimizer
+
+
+def train(args):
+    """Train with Adam, stop early, and write the best model and the log."""
+    data, histories, validation_users, model, program, optimizer = set_up(args)
+    lengths = histories.end - histories.begin - 1  # targets of each history
+    num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * num_batches)
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 2048}[args.loss]
-    contract = {"items": item_count, "max_length": args.max_length}
-    trained = model, optimizer, schedule
-    run, past = load_checkpoint(args, trained)
+    unseen = UnseenItems(data) if args.loss == "bce" else None
+    shared = SharedNegatives(data, histories) if args.loss == "sampled" else None
+    config = {"items": int(data.items.max()), "max_length": args.max_length}
+    run = Run(args, data, [model, optimizer, schedule])
+    best = run.state.get("best")
     if args.epochs == 0:
-        save_model(args, args.out, program, model, None, **contract)
-    best, log = past.get("best"), past.get("log", [])
-    began -= sum(line["seconds"] for line in log)
-    for epoch in range(len(log) + 1, args.epochs + 1):
+        run.save_model(args.out, program, model, **config)
+    for epoch in range(len(run.log) + 1, args.epochs + 1):
+        start, total = time.time(), torch.zeros((), dtype=torch.float64, device=args.device)
+        rng, batches = epoch_batches(lengths, args.batch_size, args.seed, epoch)
         model.train()
-        rng, tick = random_numbers(args.seed, epoch), time.time()
-        total = torch.zeros((), dtype=torch.float64, device=args.device)
-        batches = batches_of_like_length(end - begin, args.batch_size, rng)
-        for step, batch in enumerate(batches, 1):
-            mine = batch[share()]
-            ids = torch.from_numpy(user_ids[users[mine]]).to(args.device)
-            inputs = pad_batch(items, begin[mine], end[mine] - 1)
-            targets = pad_batch(items, begin[mine] + 1, end[mine])
-            real, negatives = inputs > 0, ()
-            if args.loss == "bce":  # the same of a position, however many processes there are
-                longest = (end[batch] - begin[batch]).max() - 1
-                asked = np.broadcast_to(users[batch][:, None, None], (len(batch), longest, k))
-                drawn = draw_negatives(asked, seen, item_count, rng)[share(), : real.shape[1]]
-                negatives = [torch.from_numpy(drawn)[real]]  # [N, k]
+        for batch in batches:
+            local = batch[RANK::PROCESSES]  # the rows of this process
+            ids, inputs, real, target = batch_of(data, histories, local, args.device)
+            negatives = ()
+            if args.loss == "bce":  # drawn for the whole batch, so that processes do not change the numbers
+                shape = len(batch), lengths[batch].max(), k
+                users = np.broadcast_to(histories.users[batch][:, None, None], shape)
+                drawn = torch.from_numpy(unseen.draw(users, rng)[RANK::PROCESSES, : inputs.shape[1]])
+                negatives = (drawn[real],)  # [N, k]
             elif args.loss == "sampled":
-                negatives = draw_shared(Q, k, rng)
-            targets, *negatives = (x.to(args.device) for x in (targets[real], *negatives))
-            _, output, item_vectors = model(ids, inputs.to(args.device))
-            loss = LOSSES[args.loss](output[real], item_vectors, targets, *negatives)
+                negatives = shared.draw(k, rng)
+            _, output, item_vectors = model(ids, inputs)
+            negatives = [x.to(args.device) for x in negatives]
+            loss = LOSSES[args.loss](output[real], item_vectors, target, *negatives)
             optimizer.zero_grad()
-            # a mean over positions: weighed by how many, or short histories would count as much as long ones
-            (loss * len(targets) * steps / positions).backward()
-            add_up([weight.grad for weight in model.parameters()])
+            # the loss is a mean over the batch: with this factor each position of the epoch counts alike
+            (loss * len(target) * num_batches / num_positions).backward()
+            sum_over_processes([weight.grad for weight in model.parameters()])
             optimizer.step()
             schedule.step()
-            total += loss.detach() * len(targets)
-            if sys.stdout.isatty():
-                print(f"epoch {epoch}, {step / steps:.0%}", end="\r", flush=True)
-        add_up([total])
-        loss, seconds = total.item() / positions, time.time() - tick
+            total += loss.detach() * len(target)
+        sum_over_processes([total])
+        loss = total.item() / num_positions
         if not math.isfinite(loss):
-            sys.exit(f"the loss became {loss} in epoch {epoch}; lower --learning-rate")
-        hr, ndcg = validate(model.eval(), user_ids, starts, items, judged, args.max_length, args.device)
-        log += [{"epoch": epoch, "loss": loss, "HR@10": hr, "NDCG@10": ndcg, "seconds": seconds}]
-        if best is None or ndcg > best["NDCG@10"]:
-            best = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-            save_model(args, args.out, program, model, best, **contract)
-        left = min(args.epochs, best["epoch"] + args.patience) - epoch
-        report(args.out, log, left, began, "*" if best["epoch"] == epoch else "")
-        if left == 0:
+            sys.exit(f"the loss is {loss} in epoch {epoch}; lower --learning-rate")
+        line = {"epoch": epoch, "loss": loss, "seconds": time.time() - start}
+        judged = data, validation_users, args.max_length, args.device
+        line["HR@10"], line["NDCG@10"] = validate(model.eval(), *judged)
+        if best is None or line["NDCG@10"] > best["NDCG@10"]:
+            best = {name: line[name] for name in ("epoch", "HR@10", "NDCG@10")}
+            run.save_model(args.out, program, model, best, **config)
+        epochs_left = min(args.epochs, best["epoch"] + args.patience) - epoch
+        run.end_epoch(line, epochs_left, "*" * (best["epoch"] == epoch), best=best)
+        if epochs_left == 0:
             break
-        save_checkpoint(args.out, run, trained, best=best, log=log)
-    complete(args.out)
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
+
+# The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
+# items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
+# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
+Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
-    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
+    Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
-    array = str(path).endswith(".npy")
+    is_text = not str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an empty file, which is told below
-            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+            warnings.simplefilter("ignore")  # numpy warns of an empty file
+            table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
-        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
-        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
-        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
-        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds, so look for the first bad line
+        lines = enumerate(Path(path).read_text(errors="replace").splitlines() if is_text else [], 1)
+        good = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?").fullmatch
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not good(line)), "")
+        sys.exit(f"{path}{bad}: a row must be `user item`, two ids from 1 (data/README.md)")
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
+        sys.exit(f"{path}: the rows of a user must stand together, oldest first")
+    sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
+    user_ids, starts = users[first].astype(int), np.append(first, len(users))
+    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
+    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
 
 
-def leave_one_out(starts):
-    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
-    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
+def training_part(data, max_length, seed, most=10_000):
+    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+
+    A history is the last max_length + 1 training items of a user who has two or more. If there are more than
+    `most` users to validate on, `most` of them are drawn.
     """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
-
-
-def training_part(path, starts, max_length, rng, judges=10_000):
-    """What training reads: users [N] with two training items or more, of whom the last max_length + 1 are
-    items[begin:end]; and the users that validation ranks, `judges` drawn ones where there are more.
-    """
-    train_end, evaluated = leave_one_out(starts)
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)  # two items make one pair of input and target
-    judged = np.flatnonzero(evaluated)
-    if len(users) == 0 or len(judged) == 0:
-        sys.exit(f"{path}: no user has 3 interactions, or none has 2 to train on; take a larger log")
-    if len(judged) > judges:
-        judged = np.sort(rng.choice(judged, judges, replace=False))
-    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users], judged
-
-
-def seen_in_training(user_ids, starts, items):
-    """The training interactions as sorted numbers user * (V + 1) + item, each once; users are indices."""
-    owner, base = np.repeat(np.arange(len(user_ids)), np.diff(starts)), items.max() + 1
-    training = np.arange(len(items)) < leave_one_out(starts)[0][owner]
-    seen = np.unique((owner * base + items)[training])
-    full = np.bincount(seen // base) == base - 1
-    if full.any():
-        sys.exit(f"user {user_ids[full.argmax()]} has seen every item: none is left to draw; leave it out")
-    return seen
+    users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
+    validation_users = np.flatnonzero(data.evaluated)
+    if len(users) == 0 or len(validation_users) == 0:
+        sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
+    if len(validation_users) > most:
+        rng = np.random.default_rng(seed)
+        validation_users = np.sort(rng.choice(validation_users, most, replace=False))
+    end = data.train_end[users]
+    return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end), validation_users
 
 
 def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
+    """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = places < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
 
 
-def batches_of_like_length(length, batch_size, rng):
-    """Shuffled batches of indices whose histories, of `length` [U], are about equally long: each 64 shuffled
-    batches (a quarter of all, if less: epochs should differ) are sorted by length, for little padding.
+def batch_of(data, histories, batch, device):
+    """User ids [B], inputs [B, T], which inputs are real [B, T] (on the CPU), and the next items [N]."""
+    users, begin, end = (column[batch] for column in histories)
+    inputs, targets = pad_batch(data.items, begin, end - 1), pad_batch(data.items, begin + 1, end)
+    real, ids = inputs > 0, torch.from_numpy(data.user_ids[users])
+    return ids.to(device), inputs.to(device), real, targets[real].to(device)
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """The generator of this epoch, the same in every process, and the epoch's batches, arrays of indices.
+
+    Histories of a batch have similar `lengths` [N], so there is little padding. To this end groups of 64
+    shuffled batches (at most a quarter of all, so that epochs differ) are sorted by length.
     """
-    order = rng.permutation(len(length))
-    window = batch_size * max(1, min(64, len(length) // batch_size // 4))
-    chunks = [order[k : k + window] for k in range(0, len(order), window)]
-    order = np.concatenate([chunk[np.argsort(length[chunk], kind="stable")] for chunk in chunks])
-    batches = np.array_split(order, math.ceil(len(order) / batch_size))
-    return [batches[k] for k in rng.permutation(len(batches))]
-
-
-# ---- Random numbers, and the processes of torchrun -------------------------------------------------------
-
-
-def random_numbers(seed, epoch):
-    """Those of an epoch, for what all processes draw alike; torch's own, for dropout, are not alike."""
     rng = np.random.default_rng([seed, epoch])
-    torch.manual_seed(int(rng.integers(2**62)) + (share().start or 0))
-    return rng
+    torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
+    order = rng.permutation(len(lengths))
+    group = batch_size * max(1, min(64, len(lengths) // batch_size // 4))
+    groups = [order[k : k + group] for k in range(0, len(order), group)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
-def join(args, rows, judged):
-    """Join the processes that torchrun has started, if it has: each takes its share of each batch, and they
-    add up their gradients. There are `rows` to make batches of, and `judged` users to validate on.
-    """
+# ---- Several processes (torchrun): each takes its part of every batch, gradients are added up ------------
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(args, num_histories, num_validation_users):
+    """Join the processes that torchrun has started. Without torchrun, do nothing."""
     if "RANK" not in os.environ:
         return
     try:
@@ -355,74 +359,73 @@ def join(args, rows, judged):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"RANK is set, but torchrun's processes do not meet: {error}".splitlines()[0])
-    if dist.get_world_size() > min(rows // math.ceil(rows / args.batch_size), judged):
-        sys.exit(f"{dist.get_world_size()} processes are too many: some would get nothing of a batch")
-    if dist.get_rank():
+        sys.exit(f"RANK is set, but the processes of torchrun do not meet: {error}".splitlines()[0])
+    smallest_batch = num_histories // math.ceil(num_histories / args.batch_size)
+    if min(smallest_batch, num_validation_users) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get nothing of a batch")
+    if RANK:
         sys.stdout = io.StringIO()  # one process prints
 
 
-def share():
-    """Which of a batch's rows are this process's: all, unless torchrun has started several."""
-    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
-
-
-def add_up(tensors):
-    """Add up each of `tensors`, of one type, over all processes, in place; None stays None."""
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over all processes. The tensors have one type. None stays None."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
-        total = torch.cat([tensor.flatten() for tensor in tensors])  # one message: each has to be waited for
+        total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
         dist.all_reduce(total)
-        for tensor, part in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        nn.utils.vector_to_parameters(total, tensors)
 
 
-# ---- Validation and files --------------------------------------------------------------------------------
+# ---- Validation ------------------------------------------------------------------------------------------
 
 
 def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target among the items not in `seen`; float64 [B].
+    """rho = 1 + #{better} + #{equal} / 2 of each row's target, among the items not in `seen`: float64 [B].
 
-    scores [B, V+1], overwritten; target [B]; seen [B, H], 0 for padding. By the halves, rho is
-    what chance gives in the mean among items that are scored alike.
+    scores [B, V+1] are overwritten; target [B]; seen [B, H], 0 for padding. A tie counts half: this is the
+    expected rank under random tie-breaking.
     """
-    own = scores.gather(1, target[:, None])  # [B, 1]
-    if not own.isfinite().all():  # nothing ranks above a NaN
-        sys.exit("the model's scores are not finite; train it again with a lower --learning-rate")
+    target_score = scores.gather(1, target[:, None])  # [B, 1]
+    if not target_score.isfinite().all():  # nothing would rank above a NaN
+        sys.exit("the scores of the model are not finite; train it again with a lower --learning-rate")
     scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], own)
-    better, equal = (scores > own).sum(1, dtype=torch.int32), (scores == own).sum(1, dtype=torch.int32)
+    scores.scatter_(1, target[:, None], target_score)
+    better = (scores > target_score).sum(1, dtype=torch.int32)
+    equal = (scores == target_score).sum(1, dtype=torch.int32)  # the target itself is one of them
     return 1 + better.double() + (equal.double() - 1) / 2
 
 
+def last_output(output, items):
+    """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
+    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+
+
 @torch.no_grad()
-def validate(model, user_ids, starts, items, judged, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of users `judged`, ranked among all unseen items."""
-    judged = judged[share()]
-    ranks, begin, end = [], starts[judged], leave_one_out(starts)[0][judged]
-    slices = math.ceil(max(len(end) * min(1, items.max() / 2**22), len(end) / 256))  # of 16 MiB of scores
-    for chosen in np.array_split(np.argsort(end - begin), slices):
-        b, e = begin[chosen], end[chosen]
-        window = pad_batch(items, np.maximum(b, e - max_length), e).to(device)
-        _, output, item_vectors = model(torch.from_numpy(user_ids[judged[chosen]]).to(device), window)
-        last = output[torch.arange(len(e), device=device), (window > 0).sum(1) - 1]
-        target, seen = torch.from_numpy(items[e]).to(device), pad_batch(items, b, e).to(device)
-        ranks.append(rank_of_target(last @ item_vectors.T, target, seen).cpu())
+def validate(model, data, users, max_length, device):
+    """HR@10 and NDCG@10 of the validation items of `users` [W], ranked among all items they have not seen."""
+    users, ranks = users[RANK::PROCESSES], []
+    begin, end = data.starts[users], data.train_end[users]
+    # slices of at most 256 users and 16 MiB of scores
+    num_slices = math.ceil(max(len(users) * min(1, data.items.max() / 2**22), len(users) / 256))
+    for part in np.array_split(np.argsort(end - begin), num_slices):
+        b, e = begin[part], end[part]
+        window = pad_batch(data.items, np.maximum(b, e - max_length), e).to(device)
+        _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), window)
+        target, seen = torch.from_numpy(data.items[e]).to(device), pad_batch(data.items, b, e).to(device)
+        ranks.append(rank_of_target(last_output(output, window) @ item_vectors.T, target, seen).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
-    users, hr, ndcg = sums = torch.stack([torch.ones_like(hit), hit, hit / torch.log2(rank + 1)]).sum(1)
-    add_up([sums])
-    return (hr / users).item(), (ndcg / users).item()
+    sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
+    sum_over_processes([sums])
+    return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
 
-def sha256_of(path):
-    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+# ---- Files -----------------------------------------------------------------------------------------------
 
 
 def write(path, content):
-    """Write the bytes `content` to `path`, under another name first: no reader ever finds half a file."""
-    if share().start:  # one process writes
+    """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
+    if RANK:  # one process writes
         return
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -430,135 +433,122 @@ def write(path, content):
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk, Ctrl-C: half a file is of no use
+        temporary.unlink(missing_ok=True)  # after a full disk or Ctrl-C
 
 
 def export(model, max_length):
-    """The program of `model`, with its parameters, for any number of users and up to `max_length` items."""
+    """The program of `model`, with a copy of its weights. It takes histories of up to `max_length` items."""
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=max_length)
     example = torch.ones(2, dtype=torch.int64), torch.ones(2, max_length, dtype=torch.int64)
-    return torch.export.export(model.eval(), example, dynamic_shapes=({0: batch}, {0: batch, 1: length}))
+    shapes = {0: batch}, {0: batch, 1: length}
+    return torch.export.export(copy.deepcopy(model).eval(), example, dynamic_shapes=shapes)
 
 
-def save_model(args, out, program, module, validation, **config):
-    """Write `program`, which has the parameters of `module`, as a model file that tells how it was made."""
-    paths = ("data", "out", "teacher", "student", "architecture", "resume")
-    config["settings"] = {name: value for name, value in vars(args).items() if name not in paths}
-    config["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
-    config |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data), "validation": validation}
-    buffer = io.BytesIO()
-    module.cpu()  # whoever reads the file may have no other device
-    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-    module.to(args.device)
-    write(out, buffer.getvalue())
+class Run:
+    """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-
-def run_of(args):
-    """What a run has in common with the one that it goes on from: its settings, data, code and versions."""
-    files = {"data": sha256_of(args.data), "script": sha256_of(__file__), "number of processes": share().step}
-    return vars(args) | files | {"resume": None, "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-def save_checkpoint(out, run, parts, **rest):
-    """Write OUT.ckpt, from which --resume goes on: the states of `parts`, modules and optimizers, and `rest`,
-    tensors and plain values.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
+    checkpoint holds: tensors and plain values, by name.
     """
-    buffer = io.BytesIO()
-    torch.save({"run": run, "states": [part.state_dict() for part in parts], "rest": rest}, buffer)
-    write(f"{out}.ckpt", buffer.getvalue())
 
+    def __init__(self, args, data, parts=()):
+        self.out, self.parts, self.log, self.state = args.out, parts, [], {}
+        paths = ("data", "out", "teacher", "student", "architecture", "resume")
+        settings = {name: value for name, value in vars(args).items() if name not in paths}
+        versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+        self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+        self.made_by["data_sha256"] = data.sha256
+        # a resumed run must have all this in common with the run that was stopped
+        files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
+        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
+        self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
+        path = Path(f"{args.out}.ckpt")
+        if path.exists() and not args.resume:
+            sys.exit(f"{path}: a run stopped here; give --resume, or remove the file")
+        if args.resume:
+            content = io.BytesIO(path.read_bytes())
+            try:
+                common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+            except Exception:  # whatever unpickling meets in another file
+                sys.exit(f"{path} cannot be resumed: it is not a checkpoint")
+            if changed := [name for name in self.common if common.get(name) != self.common[name]]:
+                sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        print(f"{len(data.user_ids):,} users, {data.items.max():,} items, {len(data.items):,} interactions")
 
-def load_checkpoint(args, parts):
-    """What `run_of` says now, and the `rest` of OUT.ckpt, whose states `parts` then have; without --resume
-    {}. Ends where there is none, or another run's, and without --resume where a run has stopped.
-    """
-    path, run = Path(f"{args.out}.ckpt"), run_of(args)
-    if path.exists() and not args.resume:
-        sys.exit(f"{path}: a run stopped here; --resume it, or remove it")
-    if not args.resume:
-        return run, {}
-    file = io.BytesIO(path.read_bytes())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(file, "cpu", weights_only=True)
-        if other := [name for name in run if found["run"].get(name) != run[name]]:
-            sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(other)}")
-        for part, state in zip(parts, found["states"], strict=True):
-            part.load_state_dict(state)
-        return run, found["rest"]
-    except Exception:  # whatever unpickling meets in a file of another kind
-        sys.exit(f"{path} cannot be resumed: it is damaged")
+    def save_model(self, path, program, module, validation=None, **config):
+        """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
+        for name, weight in module.state_dict().items():
+            program.state_dict[name].data.copy_(weight)
+        buffer, config = io.BytesIO(), config | self.made_by | {"validation": validation}
+        torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+        write(path, buffer.getvalue())
 
-
-def complete(out):
-    """Remove OUT.ckpt, when all processes have come to the end of the run."""
-    if dist.is_initialized():
-        dist.barrier()
-    if not share().start:
-        Path(f"{out}.ckpt").unlink(missing_ok=True)
-
-
-def report(out, log, left, began, mark=""):
-    """Print the last line of `log`, and how long the epochs `left` will take; write all to OUT.log.jsonl."""
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in log[-1].items() if isinstance(value, float))
-    minutes = (time.time() - began) / len(log) * left / 60
-    print(f"epoch {log[-1]['epoch']:3}  {figures}{mark}; {minutes:.1f} min left", flush=True)
-    write(f"{out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    def end_epoch(self, line, epochs_left, mark="", **state):
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        self.log.append(line)
+        figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
+        seconds = np.mean([line["seconds"] for line in self.log]) * epochs_left
+        left = f"at least {seconds / 60:.1f} min left"
+        print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
+        write(f"{self.out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        if epochs_left:
+            buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
+            torch.save((self.common, states, self.log, state), buffer)
+            write(f"{self.out}.ckpt", buffer.getvalue())
+        elif not RANK:
+            Path(f"{self.out}.ckpt").unlink(missing_ok=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+# --help shows the text at the top of this file as it stands, and the default of each option
+Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--help`: the words at the top of this file as they stand, and each option's default."""
 
+def number(kind, low, high=math.inf):
+    """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
-def refuse_numbers(parser, args):
-    """End with one line if an option is a number that cannot be: below 0, a count of 0, a share above 1."""
-    may_be_0 = "epochs", "negatives", "warm_up", "alpha_warm_up", "seed", "recommend"
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            low = type(x) in (int, float) and not x >= 0  # or NaN
-            low |= type(x) is int and x == 0 and name not in may_be_0
-            if low or (name in ("dropout", "gamma", "final_rate") and x is not None and x > 1):
-                parser.error(f"--{name.replace('_', '-')} cannot be {x}")
+    def convert(text):
+        if not low <= kind(text) <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--out", required=True, help="model file to write, as runs/teacher.pt2; the log is OUT.log.jsonl")
-    add("--dim", type=int, default=64, help="d: size of hidden states and item vectors")
-    add("--blocks", type=int, default=2, help="L; from 4 blocks on, x + epsilon g(x), epsilon learned from 0")
-    add("--heads", type=int, default=1, help="attention heads; must divide --dim")
-    add("--max-length", type=int, default=50, help="n: most recent items that the model sees, from 2")
-    add("--dropout", type=float, default=0.2, help="share of hidden units dropped in training")
-    losses = "ce: of all items; bce: as first published; sampled: ce, estimated by k items"
-    add("--loss", choices=LOSSES, default="ce", help=losses)
-    add("--negatives", type=int, help="k: negatives; 1 with bce, 2048 with sampled if not given")
-    add("--learning-rate", type=float, default=1e-3, help="of Adam, whose beta_2 is 0.98")
-    add("--final-rate", type=float, default=1.0, help="share of --learning-rate at the end, reached evenly")
-    add("--batch-size", type=int, default=128, help="users a step")
-    add("--epochs", type=int, default=200, help="passes over all users, at most; 0 writes an untrained model")
-    add("--patience", type=int, default=10, help="epochs without a better validation NDCG@10 to stop after")
-    add("--resume", action="store_true", help="go on from OUT.ckpt, which a run that was stopped has left")
-    add("--seed", type=int, default=0, help="same seed, data and machine: same file")
+    add("--out", required=True, help="model file to write, such as runs/teacher.pt2")
+    add("--dim", type=count, default=64, help="d: size of hidden states and item vectors")
+    add("--blocks", type=count, default=2, help="L; from 4 blocks on, residuals have an epsilon")
+    add("--heads", type=count, default=1, help="attention heads; must divide --dim")
+    add("--max-length", type=count, default=50, help="most recent items that the model sees")
+    add("--dropout", type=number(float, 0, 1), default=0.2, help="probability that training drops a unit")
+    add("--loss", choices=LOSSES, default="ce", help="ce: all items; bce: SASRec's; sampled: k items for all")
+    add("--negatives", type=number(int, 0), help="k; if not given, 1 with bce and 2048 with sampled")
+    add("--learning-rate", type=number(float, 0), default=1e-3, help="of Adam; its beta_2 is 0.98")
+    add("--final-rate", type=number(float, 0, 1), default=1.0, help="last rate / first rate; falls linearly")
+    add("--batch-size", type=count, default=128, help="users a step")
+    add("--epochs", type=number(int, 0), default=200, help="at most; 0 writes an untrained model")
+    add("--patience", type=count, default=10, help="stop after so many epochs without a better NDCG@10")
+    add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    refuse_numbers(parser, args)
     if args.dim % args.heads:
         parser.error("--heads must divide --dim")
     try:
         train(args)
-    except OSError as error:  # a file that is not there, or a place that cannot be written
+    except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.out}: {error.strerror}")
-    except KeyboardInterrupt:  # files are whole at any time
-        more = ", --resume goes on after the last whole epoch" * Path(f"{args.out}.ckpt").exists()
-        print(f"stopped{more}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on after the last whole epoch, if there is one")
 
 
 if __name__ == "__main__":

@@ -285,11 +285,6 @@ def set_up(args):
     student, config = load_model(args.student, data, args.device)
     program = torch.export.load(args.student)  # stays on the CPU, to be saved
     with_dropout(program.graph_module, False)
-    dropouts = [node for node in student.graph.nodes if node.target is torch.ops.aten.dropout.default]
-    if args.dropout is not None and not dropouts:
-        sys.exit("the student was exported without dropout; leave --dropout out")
-    for node in dropouts if args.dropout is not None else []:
-        node.update_arg(1, args.dropout)
     histories, validation_users = training_part(data, config["max_length"], args.seed)
     join_processes(args, len(histories.users), len(validation_users))
     torch.manual_seed(args.seed)
@@ -659,7 +654,6 @@ def main(argv=None):
     add("--gamma", type=fraction, default=0.5, help="weight of L_emb + L_hid + L_pred; L_CE has 1 - gamma")
     add("--distance", choices=DISTANCES, default="kl", help="D_ij: kl of AdaRec, mse of BERT-EMD")
     add("--mapping", choices=MAPPINGS, default="emd", help="of student to teacher layers")
-    add("--dropout", type=fraction, help="probability that training drops a unit; else the student's own")
     add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW")
     add("--final-rate", type=fraction, default=1.0, help="last rate / first rate; falls linearly")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of AdamW")

@@ -89,7 +89,7 @@ OPERATIONS = {
     "avg_pool": Operation(
         function=lambda x: last_three(x).mean(-1), reach=2, multiply_adds=3, weights=[1 / 3, 1 / 3, 1 / 3]
     ),
-    "max_pool": Operation(function=lambda x: last_three(x).amax(-1), reach=2, multiply_adds=3),
+    "max_pool": Operation(function=lambda x: last_three(x).max(-1).values, reach=2, multiply_adds=3),
     "skip": Operation(function=lambda x: x, weights=[1.0]),
     "none": Operation(function=torch.zeros_like, reach=-math.inf, weights=[]),
     "mean": Operation(function=running_mean, reach=math.inf, multiply_adds=1),

@@ -1,18 +1,34 @@
-"""DFA, "Differentiable Feature Aggregation Search for Knowledge Distillation" (ECCV 2020, arXiv 2008.00506).
+"""DFA: the student learns from weighted means of teacher layers. The weights are searched.
 
-The teacher's layers fall into groups, one for each layer of the student. F_g, the feature of a group, is the
-mean of its layers' states with weights softmax(alpha_g). First alpha is searched, on one half of the users,
-while weights learn on the other, by a bridge of two paths: H^S_g through a connector into the rest of the
-teacher (does it say enough?), and F_g through another into the rest of the student (can it be learnt?):
+Guan, Zhao, Wang, Zhang, Yao, Bian and Tang, "Differentiable Feature Aggregation Search for Knowledge
+Distillation", ECCV 2020, arXiv 2008.00506.
+
+The teacher's layers fall into groups, one for each layer of the student. The feature of a group is the mean
+of the states of its layers, with weights softmax(alpha_g):
+
+    F_g = sum_k softmax(alpha_g)_k H^T_k
+
+The search finds alpha, on one half of the users, while the weights of the student learn on the other half.
+Its loss has two paths a group. H^S_g goes through a connector into the rest of the teacher: is the state
+expressive enough? F_g goes through a connector into the rest of the student: can the student learn F_g?
 
     L_bridge = L_CE + sum_g (L_CE of the one path + L_CE of the other)
-    L = L_CE + lambda sum_g mean (H^S_g W_g - F_g)^2, by which the student then learns anew
 
-    python related/dfa_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/s.pt2
+Then the student is trained anew, with alpha fixed:
 
-Reads interactions and two model files (README.md), writes the student of the last epoch. Shapes: B users, T
-positions, N real ones, d features, V items, item 0 is padding. In the paper both paths pull at alpha; here
-alpha is in the second, and the first keeps the student's states to what the teacher can use.
+    L = L_CE + lambda sum_g mean (H^S_g W_g - F_g)^2
+
+In the paper, alpha is part of both paths. Here, alpha is part of the second path only. The first path keeps
+the student's states useful to the teacher.
+
+Reads   interactions, `user item` a row (data/README.md); a student and its teacher (README.md, "The model
+        file").
+Writes  OUT, the student of the last epoch.
+Shapes  B users, T positions, N real positions, V items, K layers of a group, d_S and d_T features of student
+        and teacher, e features of an output. Item 0 is padding.
+
+    python related/dfa_distill.py data/ml-100k.txt --teacher runs/four.pt2 --student runs/two.pt2 \
+        --out runs/dfa.pt2
 """
 
 import argparse
@@ -20,57 +36,86 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import sys
 import warnings
 import zipfile
+from collections import namedtuple
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.export.passes import move_to_device_pass
+
+# ---- F_g and L_bridge ------------------------------------------------------------------------------------
 
 
 def aggregate(alpha, states):
-    """sum_k softmax(alpha)_k H_k: alpha [K], states [K, B, T, d] -> [B, T, d]."""
+    """F_g = sum_k softmax(alpha)_k H_k: alpha [K], states [K, B, T, d] -> [B, T, d]."""
     return torch.einsum("k,kbtd->btd", alpha.softmax(0), states)
 
 
 def cross_entropy(output, item_vectors, real, target):
     """L_CE: output [B, T, e], item_vectors [V+1, e], real [B, T], target [N] at the real positions."""
-    return F.cross_entropy(output[real] @ item_vectors[1:].T, target - 1)
+    return nn.functional.cross_entropy(output[real] @ item_vectors[1:].T, target - 1)
 
 
-def bridge_loss(alpha, hidden_T, hidden, connectors, rests, about):
-    """Both paths of a group: hidden [B, T, d_S], hidden_T [K, B, T, d_T]; pairs: to teacher, to student."""
-    states = connectors[0](hidden), connectors[1](aggregate(alpha, hidden_T))
-    made = (rest(state, *about[:2]) for rest, state in zip(rests, states, strict=True))
-    return sum(cross_entropy(*of, *about[2:]) for of in made)
+def bridge_loss(alpha, states_T, state_S, connectors, rests, ids, inputs, real, target):
+    """The sum of L_CE of both paths of a group: states_T [K, B, T, d_T], state_S [B, T, d_S].
+
+    Connectors and rests are pairs: the first leads into the teacher, the second into the student.
+    """
+    from_student = rests[0](connectors[0](state_S), ids, inputs)
+    from_teacher = rests[1](connectors[1](aggregate(alpha, states_T)), ids, inputs)
+    return cross_entropy(*from_student, real, target) + cross_entropy(*from_teacher, real, target)
 
 
-def search(student, teacher, groups, dims, data, rows, args):
-    """alpha of each group; in the second half of --search-epochs it and weights take turns (DARTS)."""
-    rng, half = np.random.default_rng(args.seed), len(rows[0]) // 2
+def rest_of(module, layer):
+    """The model after the state of `layer`, as a module: (state, users, items) -> output, item_vectors.
+
+    It has the same parameters as `module`, the module of a loaded program. The first result of the program
+    must be the torch.stack of the states of its layers.
+    """
+    graph = torch.fx.Graph()
+    state = graph.placeholder("state")
+    hidden, output, item_vectors = graph.graph_copy(module.graph, {})
+    if hidden.target is not torch.ops.aten.stack.default:
+        sys.exit("the first result of a model is not a torch.stack of its layers' states, as it must be here")
+    hidden.args[0][layer].replace_all_uses_with(state)
+    graph.output((output, item_vectors))
+    # the dropout before `layer` goes, too; by default, torch keeps what is random
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return torch.fx.GraphModule(module, graph)
+
+
+# ---- Search and training ---------------------------------------------------------------------------------
+
+
+def search(student, teacher, groups, dims, data, histories, args):
+    """alpha of each group, a list of tensors [K].
+
+    In the second half of --search-epochs, alpha and weights learn in turn, each on its half of the users
+    (DARTS). Before, alpha is 0, and the weights learn on both halves.
+    """
+    rng, half = np.random.default_rng(args.seed), len(histories.users) // 2
+    halves, steps = np.split(rng.permutation(len(histories.users)), [half]), math.ceil(half / args.batch_size)
     alpha = [torch.zeros(len(group), device=args.device, requires_grad=True) for group in groups]
     rests = [(rest_of(teacher, group[-1]), rest_of(student, g)) for g, group in enumerate(groups, 1)]
-    links = nn.ModuleList(nn.ModuleList([nn.Linear(*dims), nn.Linear(*dims[::-1])]) for _ in groups)
-    weights = torch.optim.AdamW(
-        [*student.parameters(), *links.to(args.device).parameters()], args.learning_rate
-    )
-    of_alpha = torch.optim.AdamW(alpha, 5e-2)
-    halves, steps = np.split(rng.permutation(len(rows[0])), [half]), -(-half // args.batch_size)
+    connectors = nn.ModuleList(nn.ModuleList([nn.Linear(*dims), nn.Linear(*dims[::-1])]) for _ in groups)
+    weights = [*student.parameters(), *connectors.to(args.device).parameters()]
+    optimizers = torch.optim.AdamW(weights, args.learning_rate), torch.optim.AdamW(alpha, 5e-2)
     for epoch in range(1, args.search_epochs + 1):
-        order = [np.array_split(rng.permutation(users), steps) for users in halves]
-        batches = [batch for pair in zip(*order, strict=True) for batch in pair]
-        late = epoch > args.search_epochs // 2  # alpha waits until weights have learnt something
-        for optimizer, batch in zip([weights, of_alpha if late else weights] * steps, batches, strict=True):
-            about = batch_of(data, rows, batch, args.device)
-            hidden_T, (hidden, *made) = teacher(*about[:2])[0], student(*about[:2])
-            loss = cross_entropy(*made, *about[2:])
+        in_turn = optimizers if epoch > args.search_epochs // 2 else optimizers[:1] * 2
+        parts = [np.array_split(rng.permutation(users), steps) for users in halves]
+        batches = [batch for pair in zip(*parts, strict=True) for batch in pair]  # of one half, of the other
+        for optimizer, indices in zip(in_turn * steps, batches, strict=True):
+            batch = ids, inputs, real, target = batch_of(data, histories, indices, args.device)
+            hidden_T, (hidden, *outputs) = teacher(ids, inputs)[0], student(ids, inputs)
+            loss = cross_entropy(*outputs, real, target)
             for g, group in enumerate(groups):
-                loss = loss + bridge_loss(alpha[g], hidden_T[group], hidden[g + 1], links[g], rests[g], about)
+                loss += bridge_loss(alpha[g], hidden_T[group], hidden[g + 1], connectors[g], rests[g], *batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -80,219 +125,219 @@ def search(student, teacher, groups, dims, data, rows, args):
 
 
 def train(args):
-    """Search alpha, train the student from the beginning, write it."""
+    """Search alpha with a copy of the student, train the student with this alpha, and write the student."""
     torch.manual_seed(args.seed)
-    data = user_ids, starts, items = read_interactions(args.data)
-    last_ids = int(user_ids.max()), int(items.max())
-    program, config = load_model(args.student, *last_ids, args.data, layers=1)
-    longest, L_S = config["max_length"], config["layers"]
-    taught_by, config_T = load_model(args.teacher, *last_ids, args.data, longest, L_S)
-    teacher = with_dropout(taught_by.module(), False).to(args.device).requires_grad_(False)
-    groups = [group.tolist() for group in np.array_split(np.arange(1, config_T["layers"] + 1), L_S)]
-    rows, dims = training_rows(args.data, starts, longest), (config["dim"], config_T["dim"])
-    searched = with_dropout(load_model(args.student, *last_ids)[0].module(), True).to(args.device)
-    alpha = search(searched, teacher, groups, dims, data, rows, args)
-    student = with_dropout(program.module(), True).to(args.device)
+    data = read_interactions(args.data)
+    student, config = load_model(args.student, data, args.device)
+    program = torch.export.load(args.student)  # stays on the CPU, to be saved
+    teacher, config_T = load_model(args.teacher, data, args.device)
+    if not 1 <= config["layers"] <= config_T["layers"] or config_T["max_length"] < config["max_length"]:
+        sys.exit("a teacher must have {layers} layers (min. 1) and read {max_length} items".format(**config))
+    student, teacher = with_dropout(student, True), teacher.requires_grad_(False)
+    groups = np.array_split(np.arange(1, config_T["layers"] + 1), config["layers"])  # of teacher layers
+    histories, dims = training_rows(data, config["max_length"]), (config["dim"], config_T["dim"])
+    searched = with_dropout(load_model(args.student, data, args.device)[0], True)
+    alpha = search(searched, teacher, groups, dims, data, histories, args)
     W = nn.ModuleList(nn.Linear(*dims) for _ in groups).to(args.device)
 
     def loss_of(batch):
-        ids, inputs, real, target = batch_of(data, rows, batch, args.device)
+        ids, inputs, real, target = batch_of(data, histories, batch, args.device)
         hidden_T, (hidden, output, item_vectors) = teacher(ids, inputs)[0], student(ids, inputs)
         l_ce = cross_entropy(output, item_vectors, real, target)
-        F_g = [aggregate(alpha[g], hidden_T[group])[real] for g, group in enumerate(groups)]
-        l_feature = sum(F.mse_loss(W_g(h[real]), f) for W_g, h, f in zip(W, hidden[1:], F_g, strict=True))
+        features = [aggregate(alpha[g], hidden_T[group])[real] for g, group in enumerate(groups)]
+        projected = [W_g(state[real]) for W_g, state in zip(W, hidden[1:], strict=True)]
+        l_feature = sum(map(nn.functional.mse_loss, projected, features))
         return l_ce + args.weight * l_feature, {"L_CE": l_ce, "L_feature": l_feature}
 
-    follow(loss_of, [*student.parameters(), *W.parameters()], rows, args)
-    student.cpu()
-    write_student(args, program, config)
+    follow(loss_of, [*student.parameters(), *W.parameters()], histories, args)
+    write_student(args, data, program, student, config)
 
 
-def follow(loss_of, learned, rows, args):
-    """Follow the gradient of `loss_of(batch)`, a mean, and by name its parts; the rate falls to 0."""
-    rng, positions = np.random.default_rng(args.seed), int((rows[2] - rows[1] - 1).sum())
-    steps = -(-len(rows[0]) // args.batch_size)
-    optimizer = torch.optim.AdamW(learned, args.learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps * args.epochs)
+def follow(loss_of, weights, histories, args):
+    """Minimise a loss with AdamW. The learning rate falls to 0. Print the terms of the loss, a line an epoch.
+
+    loss_of(batch) returns the loss, a mean over the positions of a batch, and its terms by name.
+    """
+    rng, lengths = np.random.default_rng(args.seed), histories.end - histories.begin - 1
+    num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
+    optimizer = torch.optim.AdamW(weights, args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, args.epochs * num_batches)
     for epoch in range(1, args.epochs + 1):
         means = {}
-        for batch in np.array_split(rng.permutation(len(rows[0])), steps):
-            loss, parts = loss_of(batch)
-            share = int((rows[2] - rows[1] - 1)[batch].sum()) / positions  # positions count alike
+        for batch in np.array_split(rng.permutation(len(lengths)), num_batches):
+            loss, terms = loss_of(batch)
+            share = int(lengths[batch].sum()) / num_positions  # of the positions of the epoch
             optimizer.zero_grad()
-            (loss * share * steps).backward()
+            (loss * share * num_batches).backward()  # each position of the epoch counts alike
             optimizer.step()
             schedule.step()
-            means = {name: means.get(name, 0) + part.detach() * share for name, part in parts.items()}
+            means = {name: means.get(name, 0) + term.detach() * share for name, term in terms.items()}
         if not all(mean.isfinite() for mean in means.values()):
-            sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
+            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
         print(f"epoch {epoch:3}", *(f" {name} {mean:.4f}" for name, mean in means.items()), flush=True)
 
 
-def rest_of(module, layer):
-    """What a model does from the state of `layer` on: a module (state, users, items) -> output, item_vectors,
-    which has the same parameters. What a model gives first is the stack of its layers' states.
-    """
-    graph = torch.fx.Graph()
-    hidden, output, item_vectors = graph.graph_copy(module.graph, {})
-    if hidden.target is not torch.ops.aten.stack.default:
-        sys.exit("a model whose first result is no stack of its layers' states cannot be entered there")
-    state = hidden.args[0][layer]
-    with graph.inserting_before(next(iter(graph.nodes))):
-        state.replace_all_uses_with(graph.placeholder("state"))
-    graph.output((output, item_vectors))
-    graph.eliminate_dead_code(
-        lambda node: node.op in ("placeholder", "output")
-    )  # dropout, too, is dead before
-    return torch.fx.GraphModule(module, graph)
+# ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
 
-
-def with_dropout(module, on, share=None):
-    """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
-
-    Dropout stands in its graph as dropout(x, share, on); a GRU or LSTM has the two as well, and on a GPU it
-    learns only while it is on. BatchNorm stays as exported.
-    """
-    aten = torch.ops.aten
-    place = {aten.dropout.default: 1, aten.gru.input: 5, aten.lstm.input: 5}  # of `share` among the arguments
-    nodes = [node for node in module.graph.nodes if node.target in place]
-    if share is not None and not any(node.target is aten.dropout.default or node.args[5] for node in nodes):
-        sys.exit("the student was exported without dropout; leave --dropout out")
-    for node in nodes:
-        k = place[node.target]
-        node.args = *node.args[:k], node.args[k] if share is None else share, on, *node.args[k + 2 :]
-    module.recompile()
-    return module
+# The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
+# items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
+# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
+Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
-    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
+    Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
-    array = str(path).endswith(".npy")
+    is_text = not str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an empty file, which is told below
-            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+            warnings.simplefilter("ignore")  # numpy warns of an empty file
+            table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
-        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
-        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
-        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
-        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds, so look for the first bad line
+        lines = enumerate(Path(path).read_text(errors="replace").splitlines() if is_text else [], 1)
+        good = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?").fullmatch
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not good(line)), "")
+        sys.exit(f"{path}{bad}: a row must be `user item`, two ids from 1 (data/README.md)")
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
+        sys.exit(f"{path}: the rows of a user must stand together, oldest first")
+    sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
+    user_ids, starts = users[first].astype(int), np.append(first, len(users))
+    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
+    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
 
 
-def leave_one_out(starts):
-    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
-    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
-    """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
-
-
-def training_rows(path, starts, max_length):
-    """Users [N] with two training items or more, of whom the last max_length + 1 are items[begin:end]."""
-    train_end, _ = leave_one_out(starts)
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)
+def training_rows(data, max_length):
+    """Histories to train on: the last max_length + 1 training items of each user who has two or more."""
+    users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     if len(users) < 2:
-        sys.exit(f"{path}: fewer than 2 users have 2 interactions to train on")
-    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users]
+        sys.exit(f"{data.path}: fewer than 2 users have 2 interactions to train on; use a larger log")
+    end = data.train_end[users]
+    return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end)
 
 
 def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
+    """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = places < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
 
 
-def batch_of(data, rows, batch, device):
-    """ids [B], inputs [B, T], which of them are real, and the items that come next, [N], of rows `batch`."""
-    (user_ids, _, items), (users, begin, end) = data, (column[batch] for column in rows)
-    inputs, target = pad_batch(items, begin, end - 1).to(device), pad_batch(items, begin + 1, end).to(device)
-    return torch.from_numpy(user_ids[users]).to(device), inputs, inputs > 0, target[inputs > 0]
+def batch_of(data, histories, batch, device):
+    """User ids [B], inputs [B, T], which inputs are real [B, T] (on the CPU), and the next items [N]."""
+    users, begin, end = (column[batch] for column in histories)
+    inputs, targets = pad_batch(data.items, begin, end - 1), pad_batch(data.items, begin + 1, end)
+    real, ids = inputs > 0, torch.from_numpy(data.user_ids[users])
+    return ids.to(device), inputs.to(device), real, targets[real].to(device)
 
 
-def sha256_of(path):
-    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+# ---- Files -----------------------------------------------------------------------------------------------
 
 
-def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
-    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
-    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
+def with_dropout(module, on):
+    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+
+    Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
+    stays as it was exported.
     """
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
-    file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
+    aten = torch.ops.aten
+    place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
+    for node in module.graph.nodes:
+        if node.target in place:
+            node.update_arg(place[node.target], on)
+    module.recompile()
+    return module
+
+
+def load_model(path, data, device, any_data=False):
+    """The module of a model file on `device`, with dropout off, and its config.
+
+    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
+    or users than `data`, or was trained on other data, unless `any_data`.
+    """
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
+    file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
     try:
         if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
         file.seek(0)
         program = torch.export.load(file, extra_files=extra)
+        with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
-            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
-        if config["max_length"] < max_length or len(hidden) <= layers:
-            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
-        if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
+        example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
+        hidden, output, vectors = program.module()(*example)
+        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
-    except Exception as error:  # whatever unpickling meets in a file of another kind
+        module = move_to_device_pass(program, device).module()
+    except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
-def write_student(args, program, config):
-    """Write `program` as a model file."""
-    made = {key: config.get(key) for key in ("items", "max_length", "architecture")}
-    made |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data)}
-    buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
+def write_student(args, data, program, student, config):
+    """Write `program`, with the weights of `student` and dropout off, as a model file."""
     with_dropout(program.graph_module, False)
-    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(made)})
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(args.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for name, weight in student.state_dict().items():
+        program.state_dict[name].data.copy_(weight)
+    config = {name: config.get(name) for name in ("items", "max_length", "architecture")}
+    config |= {"stage": Path(__file__).stem, "data_sha256": data.sha256}
+    buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
+    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(args.out)  # no reader ever finds half a file
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--help`: the words at the top of this file as they stand, and each option's default."""
+# ---- The command line ------------------------------------------------------------------------------------
+
+# --help shows the text at the top of this file as it stands, and the default of each option
+Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+
+
+def number(kind, low, high=math.inf):
+    """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
+
+    def convert(text):
+        if not low <= kind(text) <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--teacher", required=True, help="model file to learn from. Load only trusted ones")
-    add("--student", required=True, help="model file to train, of as many layers or fewer")
-    add("--out", required=True, help="model file to write")
-    add("--search-epochs", type=int, default=10, help="of alpha; 0: the mean of a group")
-    add("--weight", type=float, default=1.0, help="lambda; 0: L_CE alone")
-    add("--learning-rate", type=float, default=5e-3, help="of AdamW; it falls to 0")
-    add("--batch-size", type=int, default=32, help="users a step")
-    add("--epochs", type=int, default=30, help="passes over all users")
-    add("--seed", type=int, default=0, help="same seed, data and machine: same file")
+    add("--teacher", required=True, help="model file to learn from. Load only files you trust")
+    add("--student", required=True, help="model file to train; it has as many layers or fewer")
+    add("--out", required=True, help="model file to write, such as runs/dfa.pt2")
+    add("--search-epochs", type=number(int, 0), default=10, help="of alpha; 0: plain means of the groups")
+    add("--weight", type=number(float, 0), default=1.0, help="lambda; 0: L_CE alone")
+    add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW; falls to 0")
+    add("--batch-size", type=count, default=32, help="users a step")
+    add("--epochs", type=count, default=30, help="passes over all users")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    numbers = [x for x in vars(args).values() if type(x) in (int, float)]
-    if min(args.epochs, args.batch_size) < 1 or not all(x >= 0 for x in numbers):
-        parser.error("--epochs and --batch-size are counts from 1, and no number is below 0")
     try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, in case this fails
         train(args)
-    except (OSError, KeyboardInterrupt) as error:
-        sys.exit(f"{getattr(error, 'filename', args.out)}: {getattr(error, 'strerror', 'stopped')}")
+    except (OSError, KeyboardInterrupt) as error:  # a file that cannot be read or written, or Ctrl-C
+        sys.exit(f"{args.out} is not written: {str(error) or 'stopped'}")
 
 
 if __name__ == "__main__":

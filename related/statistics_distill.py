@@ -1,17 +1,24 @@
-"""Feature statistics by adaptive instance normalisation: the teacher judges means and deviations.
+"""AdaIN distillation: the teacher judges the means and standard deviations of the student's states.
 
-Jing Yang, Brais Martinez, Adrian Bulat and Georgios Tzimiropoulos, "Knowledge distillation via adaptive
-instance normalization", 2020, arXiv 2003.04289.
+Yang, Martinez, Bulat and Tzimiropoulos, "Knowledge distillation via adaptive instance normalization", 2020,
+arXiv 2003.04289.
 
-What a layer says of a history has, channel by channel, a mean and a deviation over its positions. The state
-of a teacher's layer is given the student's, and sent on through the rest of it, whose output should stay:
+Each channel of a layer's state has a mean and a standard deviation over the positions of a history. AdaIN
+gives the student's two statistics to the teacher's state. The rest of the teacher turns this state into an
+output, and the loss is the change of the output:
 
     L = L_CE + lambda sum_i L_i,    L_i = mean (rest_j(AdaIN(H^T_j; H^S_i W_i)) - output^T)^2
 
-    python related/statistics_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/s.pt2
+Student layer i is matched with teacher layer j = floor(i L_T / L_S).
 
-Reads interactions (data/README.md) and two model files (README.md, "The model file"); writes the student of
-the last epoch. Shapes: B users, T positions, N real ones, d features, V items, item 0 is padding.
+Reads   interactions, `user item` a row (data/README.md); a student and its teacher (README.md, "The model
+        file").
+Writes  OUT, the student of the last epoch.
+Shapes  B users, T positions, N real positions, V items, L_S and L_T layers after the embedding and d_S and
+        d_T features of student and teacher, e features of an output. Item 0 is padding.
+
+    python related/statistics_distill.py data/ml-100k.txt --teacher runs/four.pt2 --student runs/two.pt2 \
+        --out runs/statistics.pt2
 """
 
 import argparse
@@ -19,22 +26,27 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import sys
 import warnings
 import zipfile
+from collections import namedtuple
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.export.passes import move_to_device_pass
+
+# ---- The statistics and the losses -----------------------------------------------------------------------
 
 
 def statistics(x, real):
-    """Mean and deviation of each channel over a history's real positions: x [B, T, d], real [B, T] -> two of
-    [B, 1, d]. A variance is raised by 1e-5, so that a single position has a gradient, too.
+    """Mean and standard deviation of each channel over the real positions of a history.
+
+    x [B, T, d], real [B, T] -> two tensors [B, 1, d]. Each variance is raised by 1e-5: otherwise the
+    deviation of a single position, 0, would have no gradient.
     """
     weight = (real.to(x) / real.sum(1, keepdim=True))[..., None]  # [B, T, 1]
     m = (weight * x).sum(1, keepdim=True)
@@ -42,247 +54,265 @@ def statistics(x, real):
 
 
 def adain(x, real, m, s):
-    """AdaIN: s (x - m_x) / s_x + m, that is x [B, T, d] with mean m and deviation s [B, 1, d] for its own."""
+    """AdaIN(x) = s (x - m_x) / s_x + m: x [B, T, d] with the mean m and the deviation s, both [B, 1, d]."""
     m_x, s_x = statistics(x, real)
     return s * (x - m_x) / s_x + m
 
 
-def judged_by_teacher(rest, of_T, output_T, of_S, users, items):
-    """L_i: how far the teacher's output [B, T, e] moves when its state `of_T` [B, T, d] has the statistics of
-    the student's `of_S` [B, T, d], already projected: mean square of real positions. `rest`: after `of_T`.
+def adain_loss(rest, state_T, state_S, output_T, users, items):
+    """L_i: mean square change of the teacher's output when its state has the student's statistics.
+
+    state_T and state_S [B, T, d_T], the student's already projected; output_T [B, T, e]. `rest` is what the
+    teacher computes from state_T.
     """
     real = items > 0
-    output, _ = rest(adain(of_T, real, *statistics(of_S, real)), users, items)
-    return F.mse_loss(output[real], output_T[real])
+    output, _ = rest(adain(state_T, real, *statistics(state_S, real)), users, items)
+    return nn.functional.mse_loss(output[real], output_T[real])
 
 
-def between_statistics(rest, of_T, output_T, of_S, users, items):
-    """The weak baseline, --loss l2: mean square difference of the means, and of the deviations."""
-    pairs = zip(statistics(of_S, items > 0), statistics(of_T, items > 0), strict=True)
-    return sum(F.mse_loss(s, t) for s, t in pairs)
+def l2_loss(rest, state_T, state_S, output_T, users, items):
+    """The baseline of the paper: mean square difference of the means, and of the standard deviations."""
+    return sum(map(nn.functional.mse_loss, statistics(state_S, items > 0), statistics(state_T, items > 0)))
 
 
-JUDGES = {"adain": judged_by_teacher, "l2": between_statistics}
-
-
-def train(args):
-    """Train the student beside its teacher, write it."""
-    torch.manual_seed(args.seed)
-    data = user_ids, starts, items = read_interactions(args.data)
-    last_ids = int(user_ids.max()), int(items.max())
-    program, config = load_model(args.student, *last_ids, args.data, layers=1)
-    L_S, longest = config["layers"], config["max_length"]
-    taught_by, config_T = load_model(args.teacher, *last_ids, args.data, longest, L_S)
-    student = with_dropout(program.module(), True).to(args.device)
-    teacher = with_dropout(taught_by.module(), False).to(args.device).requires_grad_(False)
-    matched = [i * config_T["layers"] // L_S for i in range(1, L_S + 1)]  # layer j of the teacher, for each i
-    rests = [rest_of(teacher, j) for j in matched]
-    W = nn.ModuleList(nn.Linear(config["dim"], config_T["dim"]) for _ in matched).to(args.device)
-    rows = training_rows(args.data, starts, longest)
-
-    def loss_of(batch):
-        ids, inputs, real, target = batch_of(data, rows, batch, args.device)
-        hidden, output, item_vectors = student(ids, inputs)
-        hidden_T, output_T, _ = teacher(ids, inputs)
-        l_ce = F.cross_entropy(output[real] @ item_vectors[1:].T, target - 1)
-        l_stat = l_ce.new_zeros(())
-        for i, (j, rest, W_i) in enumerate(zip(matched, rests, W, strict=True), 1):
-            l_stat = l_stat + JUDGES[args.loss](rest, hidden_T[j], output_T, W_i(hidden[i]), ids, inputs)
-        return l_ce + args.weight * l_stat, {"L_CE": l_ce, f"L_{args.loss}": l_stat}
-
-    follow(loss_of, [*student.parameters(), *W.parameters()], rows, args)
-    student.cpu()
-    write_student(args, program, config)
-
-
-def follow(loss_of, learned, rows, args):
-    """Follow the gradient of `loss_of(batch)`, a mean, and by name its parts; the rate falls to 0."""
-    rng, positions = np.random.default_rng(args.seed), int((rows[2] - rows[1] - 1).sum())
-    steps = -(-len(rows[0]) // args.batch_size)
-    optimizer = torch.optim.AdamW(learned, args.learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps * args.epochs)
-    for epoch in range(1, args.epochs + 1):
-        means = {}
-        for batch in np.array_split(rng.permutation(len(rows[0])), steps):
-            loss, parts = loss_of(batch)
-            share = int((rows[2] - rows[1] - 1)[batch].sum()) / positions  # positions count alike
-            optimizer.zero_grad()
-            (loss * share * steps).backward()
-            optimizer.step()
-            schedule.step()
-            means = {name: means.get(name, 0) + part.detach() * share for name, part in parts.items()}
-        if not all(mean.isfinite() for mean in means.values()):
-            sys.exit(f"the loss became NaN or infinite in epoch {epoch}; lower --learning-rate")
-        print(f"epoch {epoch:3}", *(f" {name} {mean:.4f}" for name, mean in means.items()), flush=True)
-
-
-# ---- As in the stages ------------------------------------------------------------------------------------
+STATISTICS_LOSSES = {"adain": adain_loss, "l2": l2_loss}
 
 
 def rest_of(module, layer):
-    """What a model does from the state of `layer` on: a module (state, users, items) -> output, item_vectors,
-    which has the same parameters. What a model gives first is the stack of its layers' states.
+    """The model after the state of `layer`, as a module: (state, users, items) -> output, item_vectors.
+
+    It has the same parameters as `module`, the module of a loaded program. The first result of the program
+    must be the torch.stack of the states of its layers.
     """
     graph = torch.fx.Graph()
+    state = graph.placeholder("state")
     hidden, output, item_vectors = graph.graph_copy(module.graph, {})
     if hidden.target is not torch.ops.aten.stack.default:
-        sys.exit("a model whose first result is no stack of its layers' states cannot be entered there")
-    state = hidden.args[0][layer]
-    with graph.inserting_before(next(iter(graph.nodes))):
-        state.replace_all_uses_with(graph.placeholder("state"))
+        sys.exit("the first result of a model is not a torch.stack of its layers' states, as it must be here")
+    hidden.args[0][layer].replace_all_uses_with(state)
     graph.output((output, item_vectors))
-    graph.eliminate_dead_code(
-        lambda node: node.op in ("placeholder", "output")
-    )  # dropout, too, is dead before
+    # the dropout before `layer` goes, too; by default, torch keeps what is random
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return torch.fx.GraphModule(module, graph)
 
 
-def with_dropout(module, on, share=None):
-    """`.train()` and `.eval()` for the module of a loaded program, which has neither; returns `module`.
+# ---- Training --------------------------------------------------------------------------------------------
 
-    Dropout stands in its graph as dropout(x, share, on); a GRU or LSTM has the two as well, and on a GPU it
-    learns only while it is on. BatchNorm stays as exported.
+
+def train(args):
+    """Train the student beside its teacher, and write the student."""
+    torch.manual_seed(args.seed)
+    data = read_interactions(args.data)
+    student, config = load_model(args.student, data, args.device)
+    program = torch.export.load(args.student)  # stays on the CPU, to be saved
+    teacher, config_T = load_model(args.teacher, data, args.device)
+    if not 1 <= config["layers"] <= config_T["layers"] or config_T["max_length"] < config["max_length"]:
+        sys.exit("a teacher must have {layers} layers (min. 1) and read {max_length} items".format(**config))
+    student, teacher = with_dropout(student, True), teacher.requires_grad_(False)
+    matched = [i * config_T["layers"] // config["layers"] for i in range(1, config["layers"] + 1)]
+    rests = [rest_of(teacher, j) for j in matched]
+    W = nn.ModuleList(nn.Linear(config["dim"], config_T["dim"]) for _ in matched).to(args.device)
+    histories = training_rows(data, config["max_length"])
+
+    def loss_of(batch):
+        ids, inputs, real, target = batch_of(data, histories, batch, args.device)
+        hidden, output, item_vectors = student(ids, inputs)
+        hidden_T, output_T, _ = teacher(ids, inputs)
+        l_ce = nn.functional.cross_entropy(output[real] @ item_vectors[1:].T, target - 1)
+        projected = [W_i(state) for W_i, state in zip(W, hidden[1:], strict=True)]
+        layers = zip(rests, hidden_T[matched], projected, strict=True)
+        l_statistics = sum(STATISTICS_LOSSES[args.loss](*layer, output_T, ids, inputs) for layer in layers)
+        return l_ce + args.weight * l_statistics, {"L_CE": l_ce, f"L_{args.loss}": l_statistics}
+
+    follow(loss_of, [*student.parameters(), *W.parameters()], histories, args)
+    write_student(args, data, program, student, config)
+
+
+def follow(loss_of, weights, histories, args):
+    """Minimise a loss with AdamW. The learning rate falls to 0. Print the terms of the loss, a line an epoch.
+
+    loss_of(batch) returns the loss, a mean over the positions of a batch, and its terms by name.
     """
-    aten = torch.ops.aten
-    place = {aten.dropout.default: 1, aten.gru.input: 5, aten.lstm.input: 5}  # of `share` among the arguments
-    nodes = [node for node in module.graph.nodes if node.target in place]
-    if share is not None and not any(node.target is aten.dropout.default or node.args[5] for node in nodes):
-        sys.exit("the student was exported without dropout; leave --dropout out")
-    for node in nodes:
-        k = place[node.target]
-        node.args = *node.args[:k], node.args[k] if share is None else share, on, *node.args[k + 2 :]
-    module.recompile()
-    return module
+    rng, lengths = np.random.default_rng(args.seed), histories.end - histories.begin - 1
+    num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
+    optimizer = torch.optim.AdamW(weights, args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, args.epochs * num_batches)
+    for epoch in range(1, args.epochs + 1):
+        means = {}
+        for batch in np.array_split(rng.permutation(len(lengths)), num_batches):
+            loss, terms = loss_of(batch)
+            share = int(lengths[batch].sum()) / num_positions  # of the positions of the epoch
+            optimizer.zero_grad()
+            (loss * share * num_batches).backward()  # each position of the epoch counts alike
+            optimizer.step()
+            schedule.step()
+            means = {name: means.get(name, 0) + term.detach() * share for name, term in terms.items()}
+        if not all(mean.isfinite() for mean in means.values()):
+            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
+        print(f"epoch {epoch:3}", *(f" {name} {mean:.4f}" for name, mean in means.items()), flush=True)
+
+
+# ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
+
+# The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
+# items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
+# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
+Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
     """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
 
-    Returns int64 `user_ids` [U], in file order, `starts` [U+1] and `items` [n]: the history of user_ids[k] is
-    items[starts[k]:starts[k+1]], oldest first. Ids go from 1 to 99,999,999.
+    Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
-    array = str(path).endswith(".npy")
+    is_text = not str(path).endswith(".npy")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an empty file, which is told below
-            table = np.load(path, mmap_mode="r") if array else np.loadtxt(file, int, comments=None, ndmin=2)
+            warnings.simplefilter("ignore")  # numpy warns of an empty file
+            table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
         if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
-    except (ValueError, OverflowError, EOFError, SyntaxError, TokenError):  # numpy's own words are few
-        lines = enumerate([] if array else Path(path).read_text(errors="replace").splitlines(), 1)
-        pair = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?")
-        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not pair.fullmatch(line)), "")
-        sys.exit(f"{path}{bad}: not `user item`, two ids from 1, a line (see data/README.md)")
+    except OSError:
+        raise
+    except Exception:  # numpy raises many kinds, so look for the first bad line
+        lines = enumerate(Path(path).read_text(errors="replace").splitlines() if is_text else [], 1)
+        good = re.compile(r"\s*(0*[1-9]\d{0,7}\s+0*[1-9]\d{0,7}\s*)?").fullmatch
+        bad = next((f", line {n}, {line[:40]!r}" for n, line in lines if not good(line)), "")
+        sys.exit(f"{path}{bad}: a row must be `user item`, two ids from 1 (data/README.md)")
+    first = np.append(0, 1 + np.flatnonzero(np.diff(users)))  # rows where another user begins
     if len(np.unique(users[first])) < len(first):
-        sys.exit(f"{path}: a user's rows stand apart; put them together, oldest first")
-    return users[first].astype(int), np.append(first, len(users)), items.astype(int, copy=not array)
+        sys.exit(f"{path}: the rows of a user must stand together, oldest first")
+    sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
+    user_ids, starts = users[first].astype(int), np.append(first, len(users))
+    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
+    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
 
 
-def leave_one_out(starts):
-    """`train_end` and `evaluated` [U]: user k trains on items[starts[k]:train_end[k]]; with 3 interactions or
-    more, `evaluated`, the validation item stands at train_end[k], and the test item behind it.
-    """
-    evaluated = np.diff(starts) >= 3
-    return starts[1:] - 2 * evaluated, evaluated
-
-
-def training_rows(path, starts, max_length):
-    """Users [N] with two training items or more, of whom the last max_length + 1 are items[begin:end]."""
-    train_end, _ = leave_one_out(starts)
-    users = np.flatnonzero(train_end - starts[:-1] >= 2)
+def training_rows(data, max_length):
+    """Histories to train on: the last max_length + 1 training items of each user who has two or more."""
+    users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     if len(users) < 2:
-        sys.exit(f"{path}: fewer than 2 users have 2 interactions to train on")
-    return users, np.maximum(starts[users], train_end[users] - max_length - 1), train_end[users]
+        sys.exit(f"{data.path}: fewer than 2 users have 2 interactions to train on; use a larger log")
+    end = data.train_end[users]
+    return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end)
 
 
 def pad_batch(items, begin, end):
-    """Histories `items[begin[k]:end[k]]` as rows, padded with 0 on the right: int64 tensor [B, T]."""
-    rows = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
-    inside = rows < end[:, None]
-    return torch.from_numpy(np.where(inside, items[np.where(inside, rows, 0)], np.int64(0)))
+    """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
+    places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
+    inside = places < end[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
 
 
-def batch_of(data, rows, batch, device):
-    """ids [B], inputs [B, T], which of them are real, and the items that come next, [N], of rows `batch`."""
-    (user_ids, _, items), (users, begin, end) = data, (column[batch] for column in rows)
-    inputs, target = pad_batch(items, begin, end - 1).to(device), pad_batch(items, begin + 1, end).to(device)
-    return torch.from_numpy(user_ids[users]).to(device), inputs, inputs > 0, target[inputs > 0]
+def batch_of(data, histories, batch, device):
+    """User ids [B], inputs [B, T], which inputs are real [B, T] (on the CPU), and the next items [N]."""
+    users, begin, end = (column[batch] for column in histories)
+    inputs, targets = pad_batch(data.items, begin, end - 1), pad_batch(data.items, begin + 1, end)
+    real, ids = inputs > 0, torch.from_numpy(data.user_ids[users])
+    return ids.to(device), inputs.to(device), real, targets[real].to(device)
 
 
-def sha256_of(path):
-    """SHA-256 of a file, in hexadecimal: a model file names the data it was trained on by it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+# ---- Files -----------------------------------------------------------------------------------------------
 
 
-def load_model(path, user_count, item_count, data=None, max_length=1, layers=0):
-    """Program, and config with `layers` L and `dim` d of its hidden states, of a model file; ends unless it
-    takes ids up to these counts, was trained on `data`, if given, and has this length and layers or more.
+def with_dropout(module, on):
+    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+
+    Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
+    stays as it was exported.
     """
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # of a bad file it would log a traceback
-    file, extra = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}
+    aten = torch.ops.aten
+    place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
+    for node in module.graph.nodes:
+        if node.target in place:
+            node.update_arg(place[node.target], on)
+    module.recompile()
+    return module
+
+
+def load_model(path, data, device, any_data=False):
+    """The module of a model file on `device`, with dropout off, and its config.
+
+    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
+    or users than `data`, or was trained on other data, unless `any_data`.
+    """
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
+    file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
     try:
         if damaged := zipfile.ZipFile(file).testzip():
             raise ValueError(f"{damaged} in it is damaged")
         file.seek(0)
         program = torch.export.load(file, extra_files=extra)
+        with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        hidden, output, vectors = program.module()(torch.tensor([user_count]), torch.tensor([[item_count]]))
-        found = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if found != (item_count, item_count + 1, output.shape[2], 1, 1):
-            raise ValueError(f"it is for {config['items']} items, the data have {item_count}")
-        if config["max_length"] < max_length or len(hidden) <= layers:
-            raise ValueError(f"it must read {max_length} items and have {layers} layers or more")
-        if data and config.get("data_sha256", sha256_of(data)) != sha256_of(data):
+        example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
+        hidden, output, vectors = program.module()(*example)
+        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
+        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
-    except Exception as error:  # whatever unpickling meets in a file of another kind
+        module = move_to_device_pass(program, device).module()
+    except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return program, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
 
 
-def write_student(args, program, config):
-    """Write `program` as a model file."""
-    made = {key: config.get(key) for key in ("items", "max_length", "architecture")}
-    made |= {"stage": Path(__file__).stem, "data_sha256": sha256_of(args.data)}
-    buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
+def write_student(args, data, program, student, config):
+    """Write `program`, with the weights of `student` and dropout off, as a model file."""
     with_dropout(program.graph_module, False)
-    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(made)})
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(args.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for name, weight in student.state_dict().items():
+        program.state_dict[name].data.copy_(weight)
+    config = {name: config.get(name) for name in ("items", "max_length", "architecture")}
+    config |= {"stage": Path(__file__).stem, "data_sha256": data.sha256}
+    buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
+    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(args.out)  # no reader ever finds half a file
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--help`: the words at the top of this file as they stand, and each option's default."""
+# ---- The command line ------------------------------------------------------------------------------------
+
+# --help shows the text at the top of this file as it stands, and the default of each option
+Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+
+
+def number(kind, low, high=math.inf):
+    """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
+
+    def convert(text):
+        if not low <= kind(text) <= high:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--teacher", required=True, help="model file to learn from. Load only trusted ones")
-    add("--student", required=True, help="model file to train, of as many layers or fewer")
-    add("--out", required=True, help="model file to write")
-    add("--loss", choices=JUDGES, default="adain", help="l2: between the statistics themselves")
-    add("--weight", type=float, default=1.0, help="lambda; 0: L_CE alone")
-    add("--learning-rate", type=float, default=5e-3, help="of AdamW; it falls to 0")
-    add("--batch-size", type=int, default=32, help="users a step")
-    add("--epochs", type=int, default=30, help="passes over all users")
-    add("--seed", type=int, default=0, help="same seed, data and machine: same file")
+    add("--teacher", required=True, help="model file to learn from. Load only files you trust")
+    add("--student", required=True, help="model file to train; it has as many layers or fewer")
+    add("--out", required=True, help="model file to write, such as runs/statistics.pt2")
+    add("--loss", choices=STATISTICS_LOSSES, default="adain", help="l2 compares the statistics themselves")
+    add("--weight", type=number(float, 0), default=1.0, help="lambda; 0: L_CE alone")
+    add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW; falls to 0")
+    add("--batch-size", type=count, default=32, help="users a step")
+    add("--epochs", type=count, default=30, help="passes over all users")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    numbers = [x for x in vars(args).values() if type(x) in (int, float)]
-    if min(args.epochs, args.batch_size) < 1 or not all(x >= 0 for x in numbers):
-        parser.error("--epochs and --batch-size are counts from 1, and no number is below 0")
     try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, in case this fails
         train(args)
-    except (OSError, KeyboardInterrupt) as error:
-        sys.exit(f"{getattr(error, 'filename', args.out)}: {getattr(error, 'strerror', 'stopped')}")
+    except (OSError, KeyboardInterrupt) as error:  # a file that cannot be read or written, or Ctrl-C
+        sys.exit(f"{args.out} is not written: {str(error) or 'stopped'}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""--device: what a script makes on another device than the CPU stays there, and no step asks for a value.
+"""--device: an epoch mixes no devices, and copies to the CPU only what it must.
 
-On the device `meta` tensors have no values: whoever looks at one, or mixes it with one of the CPU, gets an
-error. So an epoch must come through to where its loss is read. With CUDA at hand, all scripts run on it.
+Tensors on the device `meta` have no values, so an epoch must come to its end, where the loss is read.
 """
 
 import importlib
 import json
 
-import numpy as np
 import pytest
 import torch
+from conftest import save_data, save_gru, save_model
+from test_copies import HELD
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bidirectional_distill
 import evaluate
@@ -17,102 +18,96 @@ import sasrec_teacher
 
 HISTORIES = {u: [(7 * u + t * t) % 12 + 1 for t in range(4 + u % 5)] for u in range(1, 41)}
 COMMANDS = {
-    "ce": ("sasrec_teacher", "--dim 8 --loss ce"),
-    "bce": ("sasrec_teacher", "--dim 8 --loss bce"),
-    "sampled": ("sasrec_teacher", "--dim 8 --loss sampled --negatives 9"),
-    "search": ("adarec_search", "--teacher T.pt2 --cells 2 --nodes 2 --dim 8 --alpha-warm-up 1"),
-    "search, sampled": ("adarec_search", "--negatives 9 --cells 1 --nodes 2 --dim 8 --alpha-warm-up 0"),
-    "distillation": ("emd_distill", "--teacher T.pt2 --student S.pt2"),
-    "of a gru": ("emd_distill", "--teacher gru.pt2 --student gru.pt2 --negatives 9 --mapping last"),
-    "sequence": ("bidirectional_distill", "--teacher T.pt2 --student S.pt2"),
-    "softmax": ("bidirectional_distill", "--base softmax --teacher T.pt2 --student S.pt2"),
-    "bpr": ("bidirectional_distill", "--base bpr --warm-up 1 --negatives drawn"),
-    "cdae": (
-        "bidirectional_distill",
-        "--base cdae --samples 2 --teacher c-teacher.pt2 --student c-student.pt2",
-    ),
+    "ce": "sasrec_teacher --dim 8 --loss ce",
+    "bce": "sasrec_teacher --dim 8 --loss bce",
+    "sampled": "sasrec_teacher --dim 8 --loss sampled --negatives 9",
+    "search": "adarec_search --teacher T.pt2 --cells 2 --nodes 2 --dim 8 --alpha-warm-up 1",
+    "search, sampled": "adarec_search --negatives 9 --cells 1 --nodes 2 --dim 8 --alpha-warm-up 0",
+    "distillation": "emd_distill --teacher T.pt2 --student S.pt2",
+    "of a GRU": "emd_distill --teacher gru.pt2 --student gru.pt2 --negatives 9 --mapping last",
+    "sequence": "bidirectional_distill --teacher T.pt2 --student S.pt2",
+    "softmax": "bidirectional_distill --base softmax --teacher T.pt2 --student S.pt2",
+    "bpr, warm-up": "bidirectional_distill --base bpr --warm-up 1",
+    "bpr": "bidirectional_distill --base bpr --warm-up 0 --negatives drawn",
+    "cdae": "bidirectional_distill --base cdae --samples 2 --teacher c-teacher.pt2 --student c-student.pt2",
 }
+# copies to the CPU: the distances of L_hid each step and, before, 4 states; scores to rank; validation ranks
+COPIES = {"search": 6, "distillation": 11, "of a GRU": 11, "sequence": 4, "softmax": 4, "bpr": 2, "cdae": 4}
 
 
-@pytest.fixture
-def call(write_data, write_gru, tmp_path):
-    """A function that runs a command of the above, for `epochs` epochs on a device."""
-    data = write_data(HISTORIES)
-    write_gru()
-    for name, dim in (("T", 8), ("S", 4)):
-        new = f"{data} --max-length 8 --epochs 0 --device cpu --dim {dim} --out {tmp_path / name}.pt2"
-        sasrec_teacher.main(new.split())
-    base = f"{data} --base cdae --dims 6 3 --warm-up 1 --epochs 0 --device cpu --out {tmp_path / 'c'}"
-    bidirectional_distill.main(base.split())
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with data and with the models that the commands need."""
+    path = tmp_path_factory.mktemp("inputs")
+    untrained = f"{save_data(path, HISTORIES)} --epochs 0 --device cpu"
+    save_gru(path)
+    save_model(path, sasrec_teacher.SASRec(12, 8, 4, 2, 1, 0.5), 12, 8, "training.pt2", training=True)
+    for name, dim in (("T.pt2", 8), ("S.pt2", 4)):
+        sasrec_teacher.main(f"{untrained} --max-length 8 --dim {dim} --out {path / name}".split())
+    bidirectional_distill.main(f"{untrained} --base cdae --dims 6 3 --warm-up 1 --out {path / 'c'}".split())
+    return path
 
-    def run(name, device, epochs):
-        script, options = COMMANDS[name]
-        out = {"adarec_search": "out.json", "bidirectional_distill": "out"}.get(script, "out.pt2")
-        argv = [str(tmp_path / word) if word.endswith(".pt2") else word for word in options.split()]
-        argv += ["--epochs", str(epochs), "--batch-size", "7", "--device", device]
-        importlib.import_module(script).main([str(data), *argv, "--out", str(tmp_path / out)])
 
-    return run
+def run(name, device, out):
+    """Run two epochs of a command on a device."""
+    script, *options = f"{COMMANDS[name]} --epochs 2 --batch-size 7 --device {device} --out {out}".split()
+    importlib.import_module(script).main(["data.txt", *options])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nothing_is_read_or_mixed_in_an_epoch(name, call, monkeypatch):
-    script, steps = importlib.import_module(COMMANDS[name][0]), []
-    for kind in (torch.optim.Adam, torch.optim.AdamW):  # the fused ones know no device `meta`
-
-        def plain(*args, kind=kind, fused, **options):
-            optimizer = kind(*args, foreach=False, **options)
-            optimizer.register_step_post_hook(lambda *_: steps.append(kind))
-            return optimizer
-
+def test_an_epoch_mixes_no_devices_and_copies_only_what_it_must(name, inputs, tmp_path, monkeypatch):
+    script, steps, copies = importlib.import_module(COMMANDS[name].split()[0]), [], []
+    for kind in (torch.optim.Adam, torch.optim.AdamW):  # the fused ones do not know the device `meta`
+        plain = lambda *args, kind=kind, fused, **options: kind(*args, foreach=False, **options)  # noqa: E731
         monkeypatch.setattr(torch.optim, kind.__name__, plain)
-    # what comes between the steps, or in them has to leave the device: transport, fit, ranks
-    monkeypatch.setattr(script, "validate", lambda *_: (0.0, 0.0), raising=False)
-    monkeypatch.setattr(script, "save_model", lambda *_, **__: None)
-    monkeypatch.setattr(script, "save_checkpoint", lambda *_, **__: None)
-    monkeypatch.setattr(script, "fit", lambda *_: None, raising=False)
-    mean = lambda mean, _: np.random.default_rng(0).random(mean.shape)  # noqa: E731
-    monkeypatch.setattr(script, "mean_of_all", mean, raising=False)
-    taught = lambda *args: (torch.ones(2, args[7], 2 * sum(map(len, HISTORIES.values())), dtype=int), 0)  # noqa: E731
-    monkeypatch.setattr(script, "renew", taught, raising=False)
-    ended = iter([None, *[True] * 9] if name == "bpr" else [True] * 9)
-    finite = torch.Tensor.isfinite  # bpr: not after the warm-up, in which nothing is taught
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: finite(x) if next(ended) else torch.ones(1))
-    epochs = 2 if "search" in name or name == "bpr" else 1
-    with pytest.raises(RuntimeError, match="meta tensors|meta tensor"):
-        call(name, "meta", epochs)
-    assert len(steps) >= 6 * (1 + (script is bidirectional_distill)) * (2 if name == "bpr" else 1)
+    for method in ("save_model", "end_epoch"):
+        monkeypatch.setattr(script.Run, method, lambda *_, **__: None)
+    isfinite, cpu = torch.Tensor.isfinite, torch.Tensor.cpu
+    random = lambda x: copies.append(x) or torch.rand(x.shape, dtype=x.dtype)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: isfinite(x) if steps else torch.ones(1))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: random(x) if x.is_meta else cpu(x))
+    monkeypatch.chdir(inputs)
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        run(name, "meta", tmp_path / "out.json")
+    hook.remove()
+    assert len(steps) >= 6 * (1 + (script is bidirectional_distill)) and len(copies) == COPIES.get(name, 0)
 
 
-def test_a_program_makes_its_constants_where_it_is(write_model):
-    class Constants(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.M, self.one = torch.nn.Embedding(13, 4), torch.ones(1)
-
+def test_a_program_makes_its_constants_where_it_is(write_model, write_data):
+    class Constants(torch.nn.Embedding):
         def forward(self, users, items):
-            place = torch.arange(items.shape[1], device=items.device)[:, None].double().float()
+            device, T = items.device, items.shape[1]
+            place = torch.arange(T, device=device).double() + torch.arange(T).to(device, torch.float64)
             with torch.no_grad():
-                place = place + torch.zeros(1, device=items.device) + torch.tensor([1.0], device=items.device)
-            x = self.M(items) + place + torch.arange(items.shape[1]).to(items.device, torch.float32)[:, None]
-            return x[None], x + self.one.to(items.device), self.M.weight
+                place = place + torch.zeros(1, device=device) + torch.tensor([1.0], device=device)
+            x = super().forward(items) + place.float()[:, None]
+            return x[None], x + self.one.to(device), self.weight
 
-    program, _ = evaluate.load_model(write_model(Constants(), 12, 8), 9, 12)
-    ids = torch.ones(2, dtype=int), torch.ones(2, 3, dtype=int)
-    expected = program.module()(*ids)
-    torch.testing.assert_close(evaluate.module_of(program, "cpu")(*ids), expected, rtol=0, atol=0)
-    made = evaluate.module_of(program, "meta")(*(x.to("meta") for x in ids))
-    assert all(x.device.type == "meta" for x in made)
+    model, data = Constants(13, 4), evaluate.read_interactions(write_data({9: [3, 12]}))
+    model.one, ids = torch.ones(1), (torch.ones(2, dtype=int), torch.ones(2, 3, dtype=int))
+    path = write_model(model, 12, 8)
+    on_cpu, on_meta = (evaluate.load_model(path, data, device)[0] for device in ("cpu", "meta"))
+    assert all(map(torch.equal, on_cpu(*ids), torch.export.load(path).module()(*ids)))
+    assert all(x.is_meta for x in on_meta(*(x.to("meta") for x in ids)))
+
+
+@pytest.mark.parametrize("script", sorted(HELD["load_model"]))
+def test_a_program_exported_in_training_mode_is_loaded_without_dropout(script, inputs):
+    path, data = inputs / "training.pt2", evaluate.read_interactions(inputs / "data.txt")
+    loaded, _ = importlib.import_module(script).load_model(path, data, "cpu")
+    exported, ids = torch.export.load(path).module(), (torch.ones(1, dtype=int), torch.arange(1, 6)[None])
+    assert not torch.equal(exported(*ids)[1], exported(*ids)[1])
+    assert torch.equal(loaded(*ids)[1], loaded(*ids)[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_cuda_learns_as_the_cpu_does(name, call, tmp_path):
-    logs = []
+def test_cuda_learns_as_the_cpu_does(name, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(inputs)
     for device in ("cpu", "cuda"):
-        call(name, device, 2)
-        (log,) = tmp_path.glob("out*.log.jsonl")
-        logs.append([json.loads(line) for line in log.read_text().splitlines()])
-    for line, other in zip(*logs, strict=True):
+        run(name, device, tmp_path / f"{device}.json")
+    logs = [(tmp_path / f"{device}.json.log.jsonl").read_text().splitlines() for device in ("cpu", "cuda")]
+    for line, other in zip(*(map(json.loads, lines) for lines in logs), strict=True):
         for key in line.keys() - {"seconds", "renewal_seconds", "edges", "alpha", "flow"}:
             assert other[key] == pytest.approx(line[key], rel=0.1, abs=0.05)

@@ -20,7 +20,7 @@ Shapes  B users, T positions, N real positions, V items, K cells of d_S features
 
 import argparse
 import copy
-import functools
+import fcntl
 import hashlib
 import io
 import json
@@ -29,6 +29,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -46,38 +47,35 @@ from torch import distributed as dist
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
-# ---- The operations O. All are causal: they pad on the left. The published code pads on both sides, so there
-# ---- position t sees item t + 1, which it has to predict
+# torchrun sets both: which process this is, and of how many
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ---- The operations O ------------------------------------------------------------------------------------
+# All are causal: they pad on the left. The published code pads on both sides, so position t sees its target.
 
 
 def last_three(x):
-    """The last 3 places of each place of x [B, d, T]: [B, d, T, 3]. torch's pools export for one T only."""
-    return F.pad(x, (2, 0)).unfold(-1, 3, 1)  # x = ReLU(x_i) is nowhere below the padding
+    """Each position of x [B, d, T] with the two before it: [B, d, T, 3]. torch's pools export for one T."""
+    return F.pad(x, (2, 0)).unfold(-1, 3, 1)
 
 
 def running_mean(x):
-    """The mean of x [B, d, T] up to each place (ours)."""
+    """The mean of x [B, d, T] up to each position. Not in the paper."""
     return x.cumsum(-1) / x.new_ones(x.shape[-1]).cumsum(0)
 
 
 class Operation(NamedTuple):
-    """An entry of OPERATIONS: a convolution with a learned kernel, or a `function` of x [B, d, T].
+    """An entry of OPERATIONS: a convolution with a learned kernel, or a `function` of x [B, d, T]."""
 
-    A convolution has `width` taps, one in `dilation` places. A function looks `reach` places back and needs
-    `multiply_adds` for each place and channel. If it is linear and the same for each channel, `weights` is
-    its kernel, oldest place first: then the supernet merges it with the convolutions.
-    """
-
-    width: int = 0
+    width: int = 0  # of a convolution: its taps, `dilation` positions apart
     dilation: int = 1
     function: Callable | None = None
-    reach: float = 0
-    multiply_adds: int = 0
-    weights: list | None = None
+    reach: float = 0  # of a function: how many positions back it looks
+    multiply_adds: int = 0  # of a function, for each position and channel
 
     @property
     def looks_back(self):
-        """How many places back the operation looks."""
+        """How many positions back the operation looks."""
         return self.reach if self.function else self.dilation * (self.width - 1)
 
 
@@ -86,17 +84,17 @@ OPERATIONS = {
     "conv5": Operation(width=5),
     "dilated_conv3": Operation(width=3, dilation=2),
     "dilated_conv5": Operation(width=5, dilation=2),
-    "avg_pool": Operation(
-        function=lambda x: last_three(x).mean(-1), reach=2, multiply_adds=3, weights=[1 / 3, 1 / 3, 1 / 3]
-    ),
+    "avg_pool": Operation(function=lambda x: last_three(x).mean(-1), reach=2, multiply_adds=3),
+    # x = ReLU(x_i) is not negative, so the padding is never the maximum
     "max_pool": Operation(function=lambda x: last_three(x).max(-1).values, reach=2, multiply_adds=3),
-    "skip": Operation(function=lambda x: x, weights=[1.0]),
-    "none": Operation(function=torch.zeros_like, reach=-math.inf, weights=[]),
+    "skip": Operation(function=lambda x: x),
+    "none": Operation(function=torch.zeros_like, reach=-math.inf),
     "mean": Operation(function=running_mean, reach=math.inf, multiply_adds=1),
 }
 
 # ---- The student: K cells of one architecture ------------------------------------------------------------
-# edges[j-1][i] names the operation from node i to node j. Node 0 is the input of the cell.
+# edges[j-1][i] names the operation from node i to node j: [[0-1], [0-2, 1-2], [0-3, 1-3, 2-3]]. Node 0 is the
+# input of the cell. Histories are padded on the right; the operations are causal, so no mask is needed.
 
 
 class Edge(nn.Module):
@@ -124,22 +122,24 @@ class Cell(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x_0):  # [B, T, d]
-        x, active = [x_0.transpose(1, 2)], []  # x_i and ReLU(x_i), each [B, d, T]
+        x, relu_x = [x_0.transpose(1, 2)], []  # x_i and ReLU(x_i), each [B, d, T]
         for row in self.edges:
-            active.append(F.relu(x[-1]))
-            parts = [edge(x_i) for edge, x_i in zip(row, active, strict=True) if edge.name != "none"]
-            x.append(functools.reduce(torch.add, parts) if parts else torch.zeros_like(x[0]))
+            relu_x.append(F.relu(x[-1]))
+            x.append(sum(edge(relu_x_i) for edge, relu_x_i in zip(row, relu_x, strict=True)))
         total = torch.einsum("j,jbdt->btd", self.w.softmax(0), torch.stack(x[1:]))
         return x_0 + F.relu(self.norm(total))
 
 
 class Student(nn.Module):
-    """Embedding, cells, and scores by the item vectors. `forward` is the contract of a model file."""
+    """Embedding, cells, and scores by the item vectors; with MixedCells, the supernet.
 
-    def __init__(self, num_items, max_length, dim, cells, dropout):
+    `forward` has the signature of a model file. There are no position vectors, as in the published code:
+    convolutions know the order.
+    """
+
+    def __init__(self, num_items, dim, cells, dropout):
         super().__init__()
         self.M = nn.Embedding(num_items + 1, dim, padding_idx=0)  # item vectors, for input and for scores
-        self.P = nn.Parameter(0.02 * torch.randn(max_length, dim))  # position vectors
         self.dropout = nn.Dropout(dropout)
         self.cells = nn.ModuleList(cells)
         self.norm = nn.LayerNorm(dim)
@@ -149,75 +149,56 @@ class Student(nn.Module):
     def forward(self, users, items, *y):
         """users [B], items [B, T] -> hidden [K+1, B, T, d_S], output [B, T, d_S], item_vectors [V+1, d_S].
 
-        The cells of a supernet need `y` [E, |O|], the choice of operations.
+        In a supernet, `y` [E, |O|] weights the operations of each edge.
         """
-        # E_t = sqrt(d) M[s_t] + P_t
-        x = math.sqrt(self.M.embedding_dim) * self.M(items) + self.P[: items.shape[1]]
-        hidden = [self.dropout(x)]
+        hidden = [self.dropout(math.sqrt(self.M.embedding_dim) * self.M(items))]
         for cell in self.cells:
             hidden.append(cell(hidden[-1], *y))
         return torch.stack(hidden), self.norm(self.dropout(hidden[-1])), self.M.weight
 
 
 def receptive_field(edges, num_cells=1):
-    """How many items the output of `num_cells` cells depends on; 0 if the input of a cell reaches no node."""
-    reach = [0]  # how many places back node i looks; -inf if the input does not reach it
+    """How many items the output of `num_cells` cells depends on. 0: the input of a cell reaches no node."""
+    looks_back = [0]  # of each node; -inf if the input does not reach it
     for row in edges:
-        paths = [OPERATIONS[name].looks_back + reach_i for name, reach_i in zip(row, reach, strict=True)]
-        reach.append(max(paths))
-    return 1 + num_cells * max(reach[1:]) if max(reach[1:]) >= 0 else 0
+        paths = zip(row, looks_back, strict=True)
+        looks_back.append(max(OPERATIONS[name].looks_back + before for name, before in paths))
+    widest = max(looks_back[1:])
+    return 1 + num_cells * widest if widest >= 0 else 0
 
 
 # ---- The supernet: every operation on every edge (section "Relaxation") ----------------------------------
 
 
 class MixedEdges(nn.Module):
-    """The edges from one node to `num_targets` later ones: sum_o y_o o(x) each.
+    """The edges from one node to `num_targets` later nodes. Each edge computes sum_o y_o o(x).
 
-    Convolutions are linear, so their weighted sum is one convolution. Its kernel is the weighted sum of their
-    kernels, and of the `weights` of functions. The other functions stand apart.
+    A weighted sum of convolutions is one convolution, with the weighted sum of their kernels. So this takes
+    half the time of one convolution for each operation.
     """
 
     def __init__(self, dim, num_targets):
         super().__init__()
-        self.learned = [name for name, operation in OPERATIONS.items() if not operation.function]
-        self.widths = [OPERATIONS[name].width for name in self.learned]
-        # the learned kernels side by side, and their biases
-        self.kernels = nn.Parameter(torch.empty(num_targets, dim, dim, sum(self.widths)))
-        self.biases = nn.Parameter(torch.empty(num_targets, len(self.learned), dim))
-        for n, kernel in enumerate(self.kernels.data.split(self.widths, -1)):
-            bound = 1 / math.sqrt(dim * self.widths[n])  # as nn.Conv1d starts
-            kernel.uniform_(-bound, bound)
-            self.biases.data[:, n].uniform_(-bound, bound)
-        # the merged kernel has the newest place last: where each tap stands in it, and each of `weights`
-        self.reach = max(operation.looks_back for operation in OPERATIONS.values() if not operation.function)
-        places, fixed = [], torch.zeros(len(OPERATIONS), self.reach + 1)
-        for o, operation in enumerate(OPERATIONS.values()):
-            places += [self.reach - operation.dilation * back for back in reversed(range(operation.width))]
-            for back, weight in enumerate(reversed(operation.weights or [])):
-                fixed[o, self.reach - back] = weight
-        self.register_buffer("places", F.one_hot(torch.tensor(places), self.reach + 1).float())
-        self.register_buffer("fixed", fixed)
-        self.register_buffer("eye", torch.eye(dim))  # `weights` mix no channels
-
-    def merge(self, y):
-        """The kernel [targets, d, d, reach + 1] and the bias [targets, d] of the choice y [targets, |O|]."""
-        y_learned = y[:, [list(OPERATIONS).index(name) for name in self.learned]]
-        kernels = self.kernels.split(self.widths, -1)
-        weighted = [y_o[:, None, None, None] * part for y_o, part in zip(y_learned.T, kernels, strict=True)]
-        by_channel = torch.einsum("jp,cd->jcdp", y @ self.fixed, self.eye)
-        return torch.cat(weighted, -1) @ self.places + by_channel, torch.einsum(
-            "jo,jod->jd", y_learned, self.biases
+        # one nn.Conv1d has the kernels of all targets: weight [targets * d, d, width]
+        widths = {name: o.width for name, o in OPERATIONS.items() if not o.function}
+        self.convolutions = nn.ModuleDict(
+            {name: nn.Conv1d(dim, num_targets * dim, width) for name, width in widths.items()}
         )
 
     def forward(self, x, y):
-        """x [B, d, T], nowhere negative; y [targets, |O|] -> [B, targets, d, T]."""
-        kernel, bias = (part.flatten(0, 1) for part in self.merge(y))
-        total = F.conv1d(F.pad(x, (self.reach, 0)), kernel, bias).unflatten(1, (len(y), -1))
-        for o, operation in enumerate(OPERATIONS.values()):
-            if operation.function and operation.weights is None:
-                total = total + torch.einsum("j,bdt->bjdt", y[:, o], operation.function(x))
-        return total
+        """x [B, d, T], not negative; y [targets, |O|] -> [B, targets, d, T]."""
+        reach, functions = max(OPERATIONS[name].looks_back for name in self.convolutions), 0
+        kernel, bias = x.new_zeros(len(y), x.shape[1], x.shape[1], reach + 1), x.new_zeros(len(y), x.shape[1])
+        for y_o, (name, operation) in zip(y.T, OPERATIONS.items(), strict=True):
+            if operation.function:
+                functions = functions + y_o[:, None, None] * operation.function(x)[:, None]
+            else:
+                convolution = self.convolutions[name]
+                taps = slice(reach - operation.looks_back, None, operation.dilation)  # the newest is the last
+                kernel[..., taps] += y_o[:, None, None, None] * convolution.weight.unflatten(0, bias.shape)
+                bias += y_o[:, None] * convolution.bias.unflatten(0, bias.shape)
+        convolved = F.conv1d(F.pad(x, (reach, 0)), kernel.flatten(0, 1), bias.flatten())
+        return convolved.unflatten(1, bias.shape) + functions
 
 
 class MixedCell(nn.Module):
@@ -233,9 +214,8 @@ class MixedCell(nn.Module):
         num_nodes = len(self.sources)
         x = [x_0.transpose(1, 2)] + [0] * num_nodes  # each [B, d, T]
         for i, edges in enumerate(self.sources):
-            rows = [
-                j * (j - 1) // 2 + i for j in range(i + 1, num_nodes + 1)
-            ]  # y has 0-1, 0-2, 1-2, 0-3, ...
+            # rows of y: edges 0-1, 0-2, 1-2, 0-3, ...; the targets are j = i + 1, i + 2, ...
+            rows = [j * (j - 1) // 2 + i for j in range(i + 1, num_nodes + 1)]
             for j, part in enumerate(edges(F.relu(x[i]), y[rows]).unbind(1), i + 1):
                 x[j] = x[j] + part
         total = torch.einsum("j,jbdt->btd", self.w.softmax(0), torch.stack(x[1:]))
@@ -246,12 +226,12 @@ def choose(alpha, tau, relaxation, rng):
     """y [E, |O|], the choice of an operation for each edge, differentiable in alpha [E, |O|].
 
     `gumbel`: y = softmax((log_softmax(alpha) + g) / tau) with Gumbel noise g. The forward pass has the
-    one-hot vector of its largest entry (straight-through), so softmax(alpha)_o is the probability of o.
+    one-hot vector of its largest entry (straight-through). So o is drawn with probability softmax(alpha)_o.
     `softmax`: y = softmax(alpha), a mixture of all operations (DARTS, arXiv 1806.09055).
     """
     if relaxation == "softmax":
         return alpha.softmax(-1)
-    g = torch.from_numpy(rng.gumbel(size=alpha.shape)).to(alpha)
+    g = torch.from_numpy(rng.gumbel(size=alpha.shape)).to(alpha)  # the same in all processes
     soft = ((alpha.log_softmax(-1) + g) / tau).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), alpha.shape[-1]).to(soft)
     return hard + (soft - soft.detach())
@@ -259,26 +239,25 @@ def choose(alpha, tau, relaxation, rng):
 
 def best_edges(alpha):
     """The architecture of alpha [E, |O|]: edges[j-1][i] is the operation with the largest alpha_ij."""
-    names, edges = [list(OPERATIONS)[o] for o in alpha.argmax(-1).tolist()], []
-    while names:
-        edges.append([names.pop(0) for _ in range(len(edges) + 1)])
+    chosen, edges = [list(OPERATIONS)[o] for o in alpha.argmax(-1).tolist()], []
+    while chosen:
+        edges.append([chosen.pop(0) for _ in range(len(edges) + 1)])
     return edges
 
 
 def derive(supernet, edges):
-    """The student with the operations `edges`, and a copy of the weights that they have in the supernet."""
-    student = copy.deepcopy(supernet)
+    """The student with the operations `edges`. It copies their weights from the supernet."""
+    student, dim = copy.deepcopy(supernet), supernet.M.embedding_dim
     for k, mixed in enumerate(supernet.cells):
-        cell = Cell(supernet.M.embedding_dim, edges)
+        cell = Cell(dim, edges)
         cell.w, cell.norm = copy.deepcopy(mixed.w), copy.deepcopy(mixed.norm)
         for j, row in enumerate(cell.edges, 1):
             for i, edge in enumerate(row):
                 if not edge.operation.function:
-                    source = mixed.sources[i]
-                    n, target = source.learned.index(edge.name), j - i - 1
-                    kernel = source.kernels.data.split(source.widths, -1)[n][target]
-                    edge.convolution.weight.data = kernel.clone()
-                    edge.convolution.bias.data = source.biases.data[target, n].clone()
+                    source = mixed.sources[i].convolutions[edge.name]
+                    of_target = slice((j - i - 1) * dim, (j - i) * dim)
+                    edge.convolution.weight.data = source.weight.data[of_target].clone()
+                    edge.convolution.bias.data = source.bias.data[of_target].clone()
         student.cells[k] = cell
     return student
 
@@ -287,9 +266,9 @@ def derive(supernet, edges):
 
 
 def operation_costs(dim, num_nodes):
-    """cost(o) [|O|], float64: half the share of parameters, half the share of multiply-adds.
+    """cost(o) [|O|], float64: half its share of parameters, half its share of multiply-adds.
 
-    The shares are of the most expensive architecture with `num_nodes` nodes, which so costs 1 (ours).
+    The most expensive architecture with `num_nodes` nodes costs 1. This scale is not in the paper.
     """
     operations = OPERATIONS.values()
     parameters = [operation.width * dim * dim + dim * (not operation.function) for operation in operations]
@@ -302,7 +281,7 @@ def operation_costs(dim, num_nodes):
 def cost_loss(p, costs):
     """L_cost = sum_edges sum_o p_o cost(o), the expected cost at p = softmax(alpha) [E, |O|]; costs [|O|].
 
-    The paper has the drawn y for p. Its mean is the same, but its gradient is as noisy as that of L_CE.
+    The paper uses the drawn y instead of p. Both have the same mean, but p has no sampling noise.
     """
     return (p * costs).sum()
 
@@ -311,96 +290,99 @@ def cost_loss(p, costs):
 
 
 class ItemLosses(torch.autograd.Function):
-    """weight_ce L_CE + weight_pred L_pred over all items; and L_CE and L_pred alone, for the log.
+    """(1 - gamma) L_CE + gamma L_pred over all items, and the two terms without gradient, for the log.
 
     z and z_T are the scores [N, V] of student and teacher: z = output item_vectors^T. Then
 
         L_CE = F.cross_entropy(z, target - 1)
         L_pred = F.kl_div(z.log_softmax(1), z_T.softmax(1), reduction="batchmean")    KL(teacher || student)
 
-    The scores never exist at once. A slice of rows gives its part of the losses and of their gradient.
+    The scores are never stored whole. A slice of rows gives its part of the losses and of their gradient.
     """
 
     @staticmethod
-    def forward(ctx, output, item_vectors, target, output_T, vectors_T, weight_ce, weight_pred):
-        """output [N, d], item_vectors [V+1, d], target [N]; output_T [N, e], vectors_T [V+1, e] or None."""
-        vectors, N = item_vectors[1:], len(output)
+    def forward(ctx, output, item_vectors, target, output_T, vectors_T, gamma):
+        """output [N, e], item_vectors [V+1, e], target [N]; of the teacher, or None if gamma is 0."""
+        vectors, N = item_vectors[1:], len(output)  # padding, item 0, has no score
         d_output, d_vectors = torch.zeros_like(output), torch.zeros_like(item_vectors)
         l_ce, l_pred = output.new_zeros(2, dtype=torch.float64)
-        rows = max(1, min(64, 2**23 // len(vectors)))  # a slice is at most 32 MiB, and fits the cache
-        for part in (slice(n, n + rows) for n in range(0, N, rows)):
-            one = target[part, None] - 1
-            log_p = (output[part] @ vectors.T).log_softmax(1)  # of the student
-            l_ce -= log_p.gather(1, one).sum()
-            # dL/dz = (weight_ce + weight_pred) p - weight_ce onehot(target) - weight_pred q
-            d_z = (weight_ce + weight_pred) * log_p.exp()
-            d_z.scatter_add_(1, one, torch.full_like(one, -weight_ce, dtype=d_z.dtype))
-            if weight_pred:
-                log_q = (output_T[part] @ vectors_T[1:].T).log_softmax(1)  # of the teacher
+        slice_size = max(1, min(64, 2**23 // len(vectors)))  # rows whose scores fit the cache
+        for rows in (slice(n, n + slice_size) for n in range(0, N, slice_size)):
+            column = target[rows, None] - 1
+            log_p = (output[rows] @ vectors.T).log_softmax(1)  # of the student
+            l_ce -= log_p.gather(1, column).sum() / N
+            # dL/dz = p - (1 - gamma) onehot(target) - gamma q
+            d_z = log_p.exp()
+            d_z.scatter_add_(1, column, torch.full_like(column, gamma - 1, dtype=d_z.dtype))
+            if gamma:
+                log_q = (output_T[rows] @ vectors_T[1:].T).log_softmax(1)  # of the teacher
                 q = log_q.exp()
-                l_pred += (q * (log_q - log_p)).sum()
-                d_z -= weight_pred * q
-            d_output[part] = d_z @ vectors
-            d_vectors[1:] += d_z.T @ output[part]
-        ctx.save_for_backward(d_output / N, d_vectors / N)
+                l_pred += (q * (log_q - log_p)).sum() / N
+                d_z -= gamma * q
+            d_output[rows] = d_z @ vectors / N
+            d_vectors[1:] += d_z.T @ output[rows] / N
+        ctx.save_for_backward(d_output, d_vectors)
         ctx.mark_non_differentiable(l_ce, l_pred)
-        return ((weight_ce * l_ce + weight_pred * l_pred) / N).to(output), l_ce / N, l_pred / N
+        return ((1 - gamma) * l_ce + gamma * l_pred).to(output), l_ce, l_pred
 
     @staticmethod
     def backward(ctx, d_loss, *_):
-        return *(d_loss * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+        return *(d_loss * gradient for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
-    """Log-probabilities [N, 1 + k] of the target, in column 0, and of the `negatives` [k] of a batch.
+    """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
     A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
-    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target does not count.
+    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
     scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
-    scores = scores.masked_fill(target[:, None] == negatives, -1e9)  # not -inf: KL has 0 (-inf - -inf) = NaN
+    scores = scores.masked_fill(target[:, None] == negatives, -1e9)  # with -inf, a KL would be NaN
     return torch.cat([target_score, scores], 1).log_softmax(1)
 
 
 def kl_distances(student, teacher):
-    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) over the features, mean over positions: [L_S, L_T].
+    """D_ij = KL(softmax(H^T_j) || softmax(H^S_i W_h)) [L_S, L_T]: KL over features, mean over positions.
 
-    student [L_S, N, d_T] is already projected; teacher [L_T, N, d_T].
+    student [L_S, N, d_T] are its layers after W_h; teacher [L_T, N, d_T].
     """
     log_p, log_q = student.log_softmax(-1).flatten(1), teacher.log_softmax(-1).flatten(1)
     q = log_q.exp()
     return ((q * log_q).sum(1) - log_p @ q.T) / student.shape[1]
 
 
-def transport(student_weights, teacher_weights, distance):
+def transport(w_S, w_T, distance):
     """The cheapest flow [L_S, L_T]: min sum_ij F_ij D_ij, F >= 0, with row sums w^S and column sums w^T.
 
-    student_weights [L_S] and teacher_weights [L_T] sum to 1. distance [L_S, L_T]. All are float64 arrays.
+    w^S [L_S] and w^T [L_T] say how much each layer of student and teacher takes part. Each sums to 1. The
+    arguments and `distance`, D [L_S, L_T], are float64 arrays.
     """
     if not np.isfinite(distance).all():
-        sys.exit("a distance between layers is not finite; lower --learning-rate")
-    rows, columns = distance.shape
-    # A maps the flow, row after row, to its row sums and column sums; the last one follows from the others
-    A = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))[:-1]])
-    sums = np.concatenate([student_weights, teacher_weights[:-1]])
-    scale = max(np.abs(distance).max(), 1e-300)
-    solution = linprog(distance.ravel() / scale, A_eq=A, b_eq=sums, method="highs")
+        sys.exit("a distance between layers is NaN or infinite; lower --learning-rate")
+    num_rows, num_columns = distance.shape
+    row_sums = np.eye(num_rows).repeat(num_columns, axis=1)  # [L_S, L_S L_T]
+    column_sums = np.tile(np.eye(num_columns), num_rows)[:-1]  # the other sums determine the last one
+    A, b = np.vstack([row_sums, column_sums]), np.concatenate([w_S, w_T[:-1]])
+    # the solver's tolerances are absolute: with costs around 1 and 1e-10 it is exact for ratios up to 1e9
+    scale = np.median(distance[distance > 0]) if (distance > 0).any() else 1
+    tolerances = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    solution = linprog(distance.ravel() / scale, A_eq=A, b_eq=b, method="highs", options=tolerances)
     if solution.status != 0:
         sys.exit(f"the transport between layers could not be solved: {solution.message}")
     return solution.x.reshape(distance.shape)
 
 
 def emd_loss(distance, flow):
-    """L_hid = sum_ij F_ij D_ij with a constant flow F: at the optimum F is the gradient with respect to D."""
+    """L_hid = sum_ij F_ij D_ij. F is constant: the optimal F is the gradient of the least cost in D."""
     return (torch.as_tensor(flow).to(distance) * distance).sum()
 
 
 def updated_weights(weights, paid, tau_w=10.0):
     """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = paid_i / w_i.
 
-    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i counts as 1/100 of
-    the sum at least: 0 would divide by zero, and a tiny c_i would take all the weight.
+    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i is raised to 1/100
+    of the sum: 0 would divide by zero, and a tiny c_i would take all the weight (not in the paper).
     """
     c = paid / weights
     if c.sum() <= 0:
@@ -408,13 +390,21 @@ def updated_weights(weights, paid, tau_w=10.0):
     return special.softmax(c.sum() / np.maximum(c, c.sum() / 100) / tau_w)
 
 
-def distillation_loss(student, teacher, target, negatives, W, layer_weights, gamma, distances, flow_of):
+def distillation_loss(
+    student, teacher, target, negatives, projections, layer_weights, gamma, distances, flow_of
+):
     """(1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred); without a teacher, L_CE.
 
-    student: hidden [L_S+1, N, d_S], output [N, e], item_vectors [V+1, e]; teacher the same, or None. target
-    [N]. negatives: () for all items, or negatives [k] and log_count [k]. W: W_e and W_h, from d_S to d_T.
-    layer_weights: w^S [L_S] and w^T [L_T]. flow_of(w^S, w^T, D) is the flow at distances D = distances(H^S,
-    H^T). Returns the loss; its terms by name; the flow [L_S, L_T]; the layer weights of the next step.
+    student        hidden [L_S+1, N, d_S], output [N, e], item_vectors [V+1, e]; hidden[0] is the embedding
+    teacher        the same of the teacher, or None
+    target         [N], the next items
+    negatives      () for all items; or negative items [k] and log_count [k]
+    projections    W_e and W_h, from d_S to d_T
+    layer_weights  w^S [L_S] and w^T [L_T]
+    distances      a function: D [L_S, L_T] of the layers of both
+    flow_of        a function: the flow [L_S, L_T] of w^S, w^T and D
+
+    Returns the loss; its terms by name; the flow; the layer weights of the next step.
     """
     hidden, output, item_vectors = student
     hidden_T, output_T, vectors_T = teacher or (None, None, None)
@@ -427,21 +417,20 @@ def distillation_loss(student, teacher, target, negatives, W, layer_weights, gam
             l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
         loss = (1 - gamma) * l_ce + gamma * l_pred
     else:
-        scored = output, item_vectors, target, output_T, vectors_T
-        loss, l_ce, l_pred = ItemLosses.apply(*scored, 1 - gamma, gamma)
+        loss, l_ce, l_pred = ItemLosses.apply(output, item_vectors, target, output_T, vectors_T, gamma)
     if not teacher:
         return loss, {"L_CE": l_ce}, np.zeros(0), layer_weights
-    W_e, W_h = W
+    (W_e, W_h), (w_S, w_T) = projections, layer_weights
     l_emb = F.mse_loss(W_e(hidden[0]), hidden_T[0])
-    D = distances(W_h(hidden[1:]), hidden_T[1:])
-    # the mean over the positions of all processes, as a float64 array
+    D = distances(W_h(hidden[1:]), hidden_T[1:])  # [L_S, L_T]
+    # the mean over the positions of all processes, in float64
     sums = [D.detach().double().cpu() * len(target), torch.tensor(len(target), dtype=torch.float64)]
     sum_over_processes(sums)
     cost = (sums[0] / sums[1]).numpy()
-    flow = flow_of(*layer_weights, cost)
+    flow = flow_of(w_S, w_T, cost)
     l_hid = emd_loss(D, flow)
-    paid = (flow * cost).sum(1), (flow * cost).sum(0)
-    layer_weights = [updated_weights(*pair) for pair in zip(layer_weights, paid, strict=True)]
+    paid = flow * cost  # [L_S, L_T]
+    layer_weights = [updated_weights(w_S, paid.sum(1)), updated_weights(w_T, paid.sum(0))]
     terms = {"L_CE": l_ce, "L_emb": l_emb, "L_hid": l_hid, "L_pred": l_pred}
     return loss + gamma * (l_emb + l_hid), terms, flow, layer_weights
 
@@ -449,10 +438,10 @@ def distillation_loss(student, teacher, target, negatives, W, layer_weights, gam
 def ask_teacher(teacher, ids, inputs, real, batch, answers):
     """hidden [L_T+1, N, d_T], output [N, e] and item vectors of the teacher, at the `real` positions.
 
-    With a dictionary `answers`, it keeps the answers by user, and asks no second time for users it knows.
+    With a dictionary `answers`, the answer for each history of `batch` is computed once and then reused.
     """
     if answers is not None and answers.keys() >= set(batch):
-        hidden, output = zip(*(answers[user] for user in batch), strict=True)
+        hidden, output = zip(*(answers[history] for history in batch), strict=True)
         return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
     hidden, output, item_vectors = teacher(ids, inputs)
     hidden, output = hidden[:, real], output[real]
@@ -467,18 +456,19 @@ def ask_teacher(teacher, ids, inputs, real, batch, answers):
 
 def set_up(args):
     """Data, training histories, teacher, supernet, alpha, projections W, layer weights and optimizer."""
+    join_processes(args.device)
     torch.manual_seed(args.seed)
     data, teacher, config = read_interactions(args.data), None, {"max_length": 50}
-    if args.teacher and args.gamma > 0:
+    if args.teacher:
         teacher, config = load_model(args.teacher, data, args.device)
         teacher.requires_grad_(False)
     max_length = args.max_length or config["max_length"]
     if teacher and (config["max_length"] < max_length or config["layers"] < 1):
         sys.exit(f"{args.teacher} must read {max_length} items and have a layer after the embedding")
-    histories, validation_users = training_part(data, max_length, args.seed)
-    join_processes(args, len(histories.users), len(validation_users))
+    histories, _ = training_part(data, max_length, args.seed)
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
-    supernet = Student(int(data.items.max()), max_length, args.dim, cells, args.dropout).to(args.device)
+    num_items = config.get("items", int(data.items.max()))
+    supernet = Student(num_items, args.dim, cells, args.dropout).to(args.device)
     alpha = torch.tensor(
         [0.0 if name in args.operations else -1e9 for name in OPERATIONS], device=args.device
     )
@@ -490,42 +480,50 @@ def set_up(args):
     groups = [{"params": [*supernet.parameters(), *W.parameters()]}]
     groups += [{"params": [alpha], "lr": args.alpha_learning_rate, "weight_decay": 1e-4}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=5e-4, fused=True)
-    return data, histories, teacher, supernet, alpha, W, layer_weights, optimizer
+    return data, histories, max_length, teacher, supernet, alpha, W, layer_weights, optimizer
 
 
 def search(args):
     """Train `alpha` and the weights; write the architecture, the student with its weights, and the log."""
-    data, histories, teacher, supernet, alpha, W, layer_weights, optimizer = set_up(args)
+    data, histories, max_length, teacher, supernet, alpha, W, layer_weights, optimizer = set_up(args)
     costs = operation_costs(args.dim, args.nodes).float().to(args.device)
     lengths = histories.end - histories.begin - 1  # targets of each history
     num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
-    shared = SharedNegatives(data, histories) if args.negatives else None
+    sampler = SharedNegatives(data, histories) if args.negatives else None
     answers = {} if args.remember else None
-    run = Run(args, data, [supernet, nn.ParameterList([alpha]), W, optimizer])
+    models = [Path(args.out).with_suffix(".pt2")]
+    run = Run(args, data, models, [supernet, nn.ParameterList([alpha]), W, optimizer])
     layer_weights = [np.array(weights) for weights in run.state.get("layer_weights", layer_weights)]
     for epoch in range(len(run.log) + 1, args.epochs + 1):
         start, total, flows = time.time(), 0, 0
-        tau = 0.8 ** ((epoch - 1) // 5)  # from 1, a fifth less every 5 epochs
+        tau = 0.8 ** ((epoch - 1) // 5)  # starts at 1, and is multiplied by 0.8 every 5 epochs
         alpha_waits = epoch <= args.alpha_warm_up
         rng, batches = epoch_batches(lengths, args.batch_size, args.seed, epoch)
         for batch in batches:
             local = batch[RANK::PROCESSES]  # the rows of this process
             ids, inputs, real, target = batch_of(data, histories, local, args.device)
-            # while alpha waits, y is the mixture of all operations: kernels learn before alpha chooses
+            # warm-up: every edge mixes all operations, so that all kernels learn; alpha does not change
             p = alpha.softmax(-1)
             y = p.detach() if alpha_waits else choose(alpha, tau, args.relaxation, rng)
             hidden, output, item_vectors = supernet(ids, inputs, y)
-            student = hidden[:, real], output[real], item_vectors
-            taught = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
-            negatives = [x.to(args.device) for x in shared.draw(args.negatives, rng)] if shared else ()
-            settings = W, layer_weights, args.gamma, kl_distances, transport
+            of_student = hidden[:, real], output[real], item_vectors
+            of_teacher = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
+            negatives = [x.to(args.device) for x in sampler.draw(args.negatives, rng)] if sampler else ()
             loss, terms, flow, layer_weights = distillation_loss(
-                student, taught, target, negatives, *settings
+                of_student,
+                of_teacher,
+                target,
+                negatives,
+                W,
+                layer_weights,
+                args.gamma,
+                kl_distances,
+                transport,
             )
             terms["L_cost"] = cost_loss(p, costs)
             loss = loss + args.beta * terms["L_cost"]
             optimizer.zero_grad()
-            # the loss is a mean over the batch: with this factor each position of the epoch counts alike
+            # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
             if alpha_waits:
                 alpha.grad = None
@@ -537,34 +535,42 @@ def search(args):
             flows = flows + lengths[batch].sum() * flow
         sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
+            sys.exit(
+                f"the loss is not finite in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt"
+            )
         line = {"epoch": epoch, **dict(zip(terms, (total / num_positions).tolist(), strict=True)), "tau": tau}
         line |= {"seconds": time.time() - start, "sure": alpha.softmax(-1).amax(-1).mean().item()}
         edges = best_edges(alpha)
+        if epoch == args.epochs and not receptive_field(edges):
+            sys.exit(
+                f"the search ends in {';'.join(map(','.join, edges))}, which ignores its input; lower --beta"
+            )
         line |= {"edges": edges, "alpha": alpha.tolist(), "flow": (flows / num_positions).tolist()}
         if epoch == args.epochs:
-            save_student(args, run, derive(supernet, edges), edges)
+            save_student(args, run, derive(supernet, edges), edges, max_length)
         weights = [weights.tolist() for weights in layer_weights]
         run.end_epoch(line, args.epochs - epoch, ";".join(map(",".join, edges)), layer_weights=weights)
 
 
-def save_student(args, run, student, edges):
+def save_student(args, run, student, edges, max_length):
     """Write the architecture OUT, and the student beside it, as .pt2."""
-    num_cells, (max_length, dim) = len(student.cells), student.P.shape
+    num_cells, dim = len(student.cells), student.M.embedding_dim
     architecture = {"cells": num_cells, "nodes": len(edges), "dim": dim, "edges": edges}
     config = {"architecture": architecture, "items": len(student.M.weight) - 1, "max_length": max_length}
+    sees = min(receptive_field(edges, num_cells), max_length)
+    if sees < max_length:
+        config["sees"] = sees  # the output depends on so many most recent items
     program = export(student.cpu(), max_length)
     run.save_model(Path(args.out).with_suffix(".pt2"), program, student, **config)
     write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
     costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges)).tolist(), strict=True))
     cost = sum(costs[name] for row in edges for name in row)
-    sees = min(receptive_field(edges, num_cells), max_length)
     print(f"{args.out}: {';'.join(map(','.join, edges))}; cost {cost:.3f}, sees {sees} items")
 
 
 def random_edges(num_nodes, names, costs, cost, rng):
     """Random edges, with a cost within 10 % of `cost`, or any if `cost` is infinite; costs [|O|]."""
-    choices = [list(OPERATIONS).index(name) for name in names]
+    choices = [o for o, name in enumerate(OPERATIONS) if name in names and costs[o] <= 1.1 * cost]
     for _ in range(100_000):
         drawn = rng.choice(choices, num_nodes * (num_nodes + 1) // 2)
         edges = best_edges(np.eye(len(OPERATIONS))[drawn])
@@ -594,28 +600,31 @@ def build(args):
             )
             known = all(len(row) == j and set(row) <= set(OPERATIONS) for j, row in enumerate(edges, 1))
             if min(num_cells, dim) < 1 or not known or not receptive_field(edges):
-                raise ValueError(f"edges[j-1] needs j of {', '.join(OPERATIONS)}, and a path from the input")
+                raise ValueError(
+                    f"edges[j-1] needs j of {', '.join(OPERATIONS)}; one path must start at node 0"
+                )
         except (ValueError, TypeError, KeyError) as error:
             sys.exit(f"{args.architecture} is no architecture; {type(error).__name__}: {error}")
     else:
         costs, rng = operation_costs(dim, args.nodes).numpy(), np.random.default_rng(args.seed)
         edges = random_edges(args.nodes, args.operations, costs, args.random, rng)
     cells = [Cell(dim, edges) for _ in range(num_cells)]
-    student = Student(int(data.items.max()), max_length, dim, cells, args.dropout)
-    save_student(args, Run(args, data), student, edges)
+    student = Student(int(data.items.max()), dim, cells, args.dropout)
+    run = Run(args, data, [Path(args.out).with_suffix(".pt2")])
+    save_student(args, run, student, edges, max_length)
 
 
 class SharedNegatives:
     """Draws negatives that a whole batch shares.
 
-    Q [V+1] is the probability of each item: half its share of the training items, half uniform.
+    Q [V+1] is the probability of each item: half its share of the training items, half uniform among the
+    items that occur.
     """
 
     def __init__(self, data, histories):
         items = np.concatenate([data.items[b:e] for b, e in zip(histories.begin, histories.end, strict=True)])
-        num_items = data.items.max()
-        self.Q = (np.bincount(items, minlength=num_items + 1) / len(items) + 1 / num_items) / 2
-        self.Q[0] = 0  # padding
+        self.Q = np.bincount(items, minlength=data.items.max() + 1) / len(items) / 2
+        self.Q[data.catalogue] += 1 / len(data.catalogue) / 2
 
     def draw(self, k, rng):
         """`k` items, with replacement, and the log of their expected counts: tensors [k]."""
@@ -642,8 +651,8 @@ def with_dropout(module, on):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
-Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
 
@@ -659,7 +668,7 @@ def read_interactions(path):
             warnings.simplefilter("ignore")  # numpy warns of an empty file
             table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
+        if table.ndim != 2 or table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except OSError:
         raise
@@ -673,23 +682,29 @@ def read_interactions(path):
         sys.exit(f"{path}: the rows of a user must stand together, oldest first")
     sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
-    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
-    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
+    items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
+    if gaps := catalogue[-1] - len(catalogue):
+        note = (
+            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
+        )
+        sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
+    train_end = starts[1:] - 2 * evaluated
+    return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
-def training_part(data, max_length, seed, most=10_000):
+def training_part(data, max_length, seed, limit=10_000):
     """Histories to train on, and the users [W] to validate on, indices into user_ids.
 
-    A history is the last max_length + 1 training items of a user who has two or more. If there are more than
-    `most` users to validate on, `most` of them are drawn.
+    A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
+    are validated on, drawn at random.
     """
     users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     validation_users = np.flatnonzero(data.evaluated)
-    if len(users) == 0 or len(validation_users) == 0:
+    if len(users) == 0 or len(validation_users) < PROCESSES:
         sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
-    if len(validation_users) > most:
+    if len(validation_users) > limit:
         rng = np.random.default_rng(seed)
-        validation_users = np.sort(rng.choice(validation_users, most, replace=False))
+        validation_users = np.sort(rng.choice(validation_users, limit, replace=False))
     end = data.train_end[users]
     return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end), validation_users
 
@@ -710,10 +725,10 @@ def batch_of(data, histories, batch, device):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and the epoch's batches, arrays of indices.
+    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Histories of a batch have similar `lengths` [N], so there is little padding. To this end groups of 64
-    shuffled batches (at most a quarter of all, so that epochs differ) are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
+    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -722,37 +737,37 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     groups = [order[k : k + group] for k in range(0, len(order), group)]
     order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
     batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    if min(map(len, batches)) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get no rows of a batch")
     return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
 # ---- Several processes (torchrun): each takes its part of every batch, gradients are added up ------------
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
-def join_processes(args, num_histories, num_validation_users):
+def join_processes(device):
     """Join the processes that torchrun has started. Without torchrun, do nothing."""
     if "RANK" not in os.environ:
         return
     try:
-        if args.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"RANK is set, but the processes of torchrun do not meet: {error}".splitlines()[0])
-    smallest_batch = num_histories // math.ceil(num_histories / args.batch_size)
-    if min(smallest_batch, num_validation_users) < PROCESSES:
-        sys.exit(f"{PROCESSES} processes are too many: some would get nothing of a batch")
+        sys.exit(f"RANK is set, but the processes of torchrun cannot connect: {error}".splitlines()[0])
     if RANK:
         sys.stdout = io.StringIO()  # one process prints
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes. The tensors have one type. None stays None."""
+    """Replace each tensor by its sum over all processes. All have one dtype. None is skipped."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
         total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError:
+            sys.exit("another process of torchrun has ended")
         nn.utils.vector_to_parameters(total, tensors)
 
 
@@ -763,6 +778,7 @@ def write(path, content):
     """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
     if RANK:  # one process writes
         return
+    path = Path(path).resolve()  # the target of a link
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -783,8 +799,9 @@ def export(model, max_length):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
-    or users than `data`, or was trained on other data, unless `any_data`.
+    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
+    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
+    other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -795,17 +812,24 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
+        if config["items"] < num_items or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
-        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
-            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        shapes = *vectors.shape, *hidden.shape[1:3]
+        if shapes != (config["items"] + 1, output.shape[2], 1, 1):
+            raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
+        items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
+        whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))
+        if not torch.allclose(whole, cut, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"its output depends on more than the last {window} items, which `sees` says")
         module = move_to_device_pass(program, device).module()
     except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3], "window": window}
 
 
 class Run:
@@ -815,31 +839,50 @@ class Run:
     checkpoint holds: tensors and plain values, by name.
     """
 
-    def __init__(self, args, data, parts=()):
+    def __init__(self, args, data, models, parts=()):
         self.out, self.parts, self.log, self.state = args.out, parts, [], {}
+        checkpoint = Path(f"{args.out}.ckpt")
+        inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
+        for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
+            if path.exists() and (
+                not path.is_file() or any(path.samefile(other) for other in inputs if other)
+            ):
+                sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+        lock = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
+        lock = os.open(Path(tempfile.gettempdir(), f"{lock}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+        except OSError:
+            sys.exit(f"{args.out}: another run is writing it")
         paths = ("data", "out", "teacher", "student", "architecture", "resume")
         settings = {name: value for name, value in vars(args).items() if name not in paths}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
         self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
         self.made_by["data_sha256"] = data.sha256
-        # a resumed run must have all this in common with the run that was stopped
+        # a resumed run must have the same values as the run that was stopped
         files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
         sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
         self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
-        path = Path(f"{args.out}.ckpt")
-        if path.exists() and not args.resume:
-            sys.exit(f"{path}: a run stopped here; give --resume, or remove the file")
+        if checkpoint.exists() and not args.resume:
+            sys.exit(f"{checkpoint}: a run stopped here; give --resume, or remove the file")
         if args.resume:
-            content = io.BytesIO(path.read_bytes())
+            content = io.BytesIO(checkpoint.read_bytes())
             try:
-                common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns of some damaged files
+                    common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
-                sys.exit(f"{path} cannot be resumed: it is not a checkpoint")
-            if changed := [name for name in self.common if common.get(name) != self.common[name]]:
-                sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(changed)}")
+                sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
+            names = common.keys() | self.common.keys()
+            if changed := sorted(name for name in names if common.get(name) != self.common.get(name)):
+                sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            if self.state.get("best") and not all(Path(model).exists() for model in models):
+                sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
-        print(f"{len(data.user_ids):,} users, {data.items.max():,} items, {len(data.items):,} interactions")
+        print(
+            f"{len(data.user_ids):,} users, {len(data.catalogue):,} items, {len(data.items):,} interactions"
+        )
 
     def save_model(self, path, program, module, validation=None, **config):
         """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
@@ -853,10 +896,10 @@ class Run:
         """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
-        seconds = np.mean([line["seconds"] for line in self.log]) * epochs_left
+        seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
         left = f"at least {seconds / 60:.1f} min left"
         print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
-        write(f"{self.out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        write(f"{self.out}.log.jsonl", "".join(json.dumps(logged) + "\n" for logged in self.log).encode())
         if epochs_left:
             buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
             torch.save((self.common, states, self.log, state), buffer)
@@ -867,15 +910,16 @@ class Run:
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # --help shows the text at the top of this file as it stands, and the default of each option
 Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 
@@ -890,40 +934,55 @@ def main(argv=None):
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
     add("--teacher", help="model file to learn from; without it, gamma is 0. Load only files you trust")
     add("--out", required=True, help="architecture to write, such as runs/architecture.json")
-    add("--architecture", help="do not search: write this architecture with random weights")
-    random_help = "do not search: write a random architecture, of any cost or within 10 %% of COST"
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--architecture", help="no search: write this architecture, with random weights")
+    random_help = "no search: write a random architecture, of any cost or within 10 %% of COST, 0 to 1"
     add("--random", type=number(float, 0), nargs="?", const=math.inf, metavar="COST", help=random_help)
+    add = parser.add_argument
     add("--cells", type=count, default=4, help="K: cells, one architecture, each with its own weights")
     add("--nodes", type=count, default=3, help="N: nodes of a cell after its input")
     add("--dim", type=count, default=64, help="d_S: size of hidden states and item vectors")
     add(
-        "--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="O: what an edge may be"
+        "--operations",
+        nargs="+",
+        choices=OPERATIONS,
+        default=list(OPERATIONS),
+        help="O: operations that an edge may use",
     )
-    add("--max-length", type=count, help="most recent items that the student sees; else the teacher's, or 50")
-    add("--dropout", type=fraction, default=0.2, help="probability that training drops a unit")
+    add(
+        "--max-length",
+        type=number(int, 2),
+        help="most recent items that the student sees; else the teacher's, or 50",
+    )
+    add("--dropout", type=number(float, 0, 0.99), default=0.2, help="probability that training drops a unit")
     add("--gamma", type=fraction, default=0.5, help="weight of L_emb + L_hid + L_pred; L_CE has 1 - gamma")
     add("--beta", type=number(float, 0), default=0.3, help="weight of L_cost, which is 1 at most")
-    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="softmax prefers `none`")
+    add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="softmax tends to `none`")
     add(
         "--alpha-learning-rate",
         type=number(float, 0),
         default=5e-2,
         help="of AdamW, alpha; 2e-5 as published",
     )
-    add("--alpha-warm-up", type=number(int, 0), default=10, help="first epochs: operations mix, alpha waits")
+    add(
+        "--alpha-warm-up", type=number(int, 0), default=10, help="first epochs, in which alpha does not learn"
+    )
     add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW on the weights")
-    add("--batch-size", type=count, default=32, help="users a step")
+    add("--batch-size", type=count, default=32, help="users per batch")
     add("--epochs", type=count, default=30, help="passes over all users")
-    add("--negatives", type=number(int, 0), default=0, help="k: items in the softmax; 0: all items")
+    add("--negatives", type=number(int, 0), default=0, help="k: sampled negatives; 0: softmax over all items")
     add("--remember", action="store_true", help="keep the teacher's answers in memory: faster, needs memory")
     add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
-    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same files")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, data and machine: same files")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     args = parser.parse_args(argv)
-    if args.epochs <= args.alpha_warm_up or not args.out.endswith(".json"):
-        parser.error("--epochs must be above --alpha-warm-up, and --out must end in .json")
+    searches = not args.architecture and args.random is None
+    if args.teacher and (args.gamma == 0 or not searches):
+        parser.error("--gamma 0, --architecture and --random use no --teacher")
+    if not args.out.endswith(".json") or (searches and args.epochs <= args.alpha_warm_up):
+        parser.error("--out must end in .json; --epochs must be above --alpha-warm-up")
     try:
-        build(args) if args.architecture or args.random is not None else search(args)
+        search(args) if searches else build(args)
     except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.out}: {error.strerror}")
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ Shapes  B users (bpr: pairs of user and item), T positions, N observed items of 
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -41,6 +43,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
+# torchrun sets both: which process this is, and of how many
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TOP = 100  # --sampling top draws from this many best items; --base softmax has z = 0 at this rank
 
 # ---- Rank-discrepancy-aware sampling (section 3.2) -------------------------------------------------------
@@ -53,10 +57,12 @@ def rank_items(scores, observed):
     so both models break ties alike.
     """
     num_items = scores.shape[1]
-    order = np.argsort(np.where(observed, np.inf, -scores), axis=1)  # quicksort: any order of equal scores
-    ranked = np.take_along_axis(scores, order, 1)
-    place = np.cumsum(np.diff(ranked, axis=1, prepend=np.nan) != 0, axis=1)  # the same for equal scores
-    order = np.sort(place * num_items + order, axis=1) % num_items
+    unobserved = np.where(observed, -np.inf, scores)
+    order = np.argsort(-unobserved, axis=1)  # quicksort: equal scores in any order
+    ranked = np.take_along_axis(unobserved, order, 1)
+    place = np.cumsum(ranked[:, 1:] != ranked[:, :-1], axis=1)  # equal scores have the same
+    place = np.pad(place, ((0, 0), (1, 0)))
+    order = np.sort(place * num_items + order, axis=1) % num_items  # and stand by id
     rank = np.zeros(scores.shape, np.int32)
     np.put_along_axis(rank, order, np.arange(1, num_items + 1, dtype=np.int32)[None], 1)
     return np.where(observed, 0, rank)
@@ -112,13 +118,13 @@ def draw_items(p, size, rng):
 
 
 def bd_loss(z_A, z_B, tau):
-    """L_BD(A;B) = sum_i BCE(sigma(z^A_i), sigma(z^B_i / tau)) over drawn items. A learns, B does not."""
+    """L_BD(A;B) = sum_i BCE(sigma(z^A_i), sigma(z^B_i / tau)) over drawn items. A learns, B is constant."""
     return F.binary_cross_entropy_with_logits(z_A, (z_B.detach() / tau).sigmoid(), reduction="sum")
 
 
 def last_output(output, items):
     """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
-    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+    return output[torch.arange(items.shape[0], device=items.device), (items > 0).sum(1) - 1]
 
 
 def logits(states, item_vectors, items):
@@ -141,7 +147,7 @@ def bpr_loss(output, item_vectors, items, negatives):
 
 
 def pointwise_loss(states, item_vectors, items, negatives):
-    """-sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]."""
+    """Binary cross-entropy, -sum [log sigma(z_i) + sum_j log(1 - sigma(z_j))]."""
     z_i, z_j = observed_logits(states, item_vectors, items, negatives)
     return -F.logsigmoid(z_i).sum() - F.logsigmoid(-z_j).sum()
 
@@ -167,8 +173,8 @@ def softmax_loss(output, item_vectors, items, negatives):
 def zero_logit(base, state, item_vectors):
     """The score [B, 1] that counts as z = 0 in L_BD; state [B, e].
 
-    A softmax ignores a constant that is added to all scores. So with --base softmax it is the user's score
-    at rank TOP (ours), else 0.
+    A softmax does not change if a constant is added to all scores, so it has no zero. With --base softmax the
+    user's score at rank TOP counts as 0 (not in the paper).
     """
     if base != "softmax":
         return torch.zeros_like(state[:, :1])
@@ -220,41 +226,28 @@ class CDAE(nn.Module):
         return torch.stack([embedded, h]), torch.cat([h, torch.ones_like(h[..., :1])], -1), self.w_and_b
 
 
-# A base: class of a new model (None: it must be given), L_CF, default options. The options of bpr and cdae
-# are those of the published notebooks (cells 8, 9, 11 and 8, 9, 12). There, a weight decay of 1e-3 goes with
-# sums over a batch, here with means.
+# Default options of the bases. Those of bpr and cdae are in the published notebooks (cells 8, 9, 11 and 8, 9,
+# 12). There, a weight decay of 1e-3 goes with sums over a batch, here with means.
+OPTIONS = "learning_rate temperature epsilon_exp epsilon_tanh batch_size warm_up_weight_decay"
+OPTIONS += " samples warm_up epochs"
+Defaults = namedtuple("Defaults", OPTIONS)
+BPR_DEFAULTS = Defaults(1e-3, 5.0, 1e-4, 1e-2, 128, [7.8e-6, 0.0], 1, 1000, 100)
+CDAE_DEFAULTS = Defaults(2e-3, 2.0, 1e-4, 1e-4, 128, [3.4e-7, 3.4e-7], 5, 1000, 1000)
+SEQUENCE_DEFAULTS = Defaults(1e-3, 1.0, 1e-3, 1e-2, 32, [0.0, 0.0], 1, 0, 20)
+# A base: the class of a new model (None: models must be given), L_CF, and default options
 Base = namedtuple("Base", "model loss defaults")
-OF_SEQUENCE = {"learning_rate": 1e-3, "temperature": 1.0, "epsilon_exp": 1e-3, "epsilon_tanh": 1e-2}
-OF_SEQUENCE |= {
-    "batch_size": 32,
-    "warm_up_weight_decay": [0.0, 0.0],
-    "samples": 1,
-    "warm_up": 0,
-    "epochs": 20,
-}
-OF_BPR = {"learning_rate": 1e-3, "temperature": 5.0, "epsilon_exp": 1e-4, "epsilon_tanh": 1e-2}
-OF_BPR |= {
-    "batch_size": 128,
-    "warm_up_weight_decay": [7.8e-6, 0.0],
-    "samples": 1,
-    "warm_up": 1000,
-    "epochs": 100,
-}
-OF_CDAE = {"learning_rate": 2e-3, "temperature": 2.0, "epsilon_exp": 1e-4, "epsilon_tanh": 1e-4}
-OF_CDAE |= {"batch_size": 128, "warm_up_weight_decay": [3.4e-7, 3.4e-7], "samples": 5, "warm_up": 1000}
-OF_CDAE |= {"epochs": 1000}
 BASES = {
-    "bpr": Base(BPR, bpr_loss, OF_BPR),
-    "cdae": Base(CDAE, cdae_loss, OF_CDAE),
-    "sequence": Base(None, next_item_loss, OF_SEQUENCE),
-    "softmax": Base(None, softmax_loss, OF_SEQUENCE),
+    "bpr": Base(BPR, bpr_loss, BPR_DEFAULTS),
+    "cdae": Base(CDAE, cdae_loss, CDAE_DEFAULTS),
+    "sequence": Base(None, next_item_loss, SEQUENCE_DEFAULTS),
+    "softmax": Base(None, softmax_loss, SEQUENCE_DEFAULTS),
 }
 
 # ---- Training. A list of two has the teacher first, then the student -------------------------------------
 
 
 @torch.no_grad()
-def renew(modules, data, histories, args, epoch, num_epochs):
+def renew(modules, windows, data, histories, args, epoch, num_epochs):
     """Rank all items by both models, and draw the items of `num_epochs` epochs from `epoch` on.
 
     Returns int32 [2, num_epochs, n k]: the items drawn for teacher and student. Those for the interaction
@@ -268,13 +261,14 @@ def renew(modules, data, histories, args, epoch, num_epochs):
     for part in slices[RANK::PROCESSES]:
         users, begin, end = (column[part] for column in histories)
         known = pad_batch(data.items, data.starts[users], end).numpy()
-        observed = np.zeros((len(users), num_items + 1), bool)
+        observed = np.ones((len(users), num_items + 1), bool)
+        observed[:, data.catalogue] = False  # no item that never occurs is drawn
         np.put_along_axis(observed, known, True, 1)
-        ids, window = torch.from_numpy(data.user_ids[users]), pad_batch(data.items, begin, end)
-        both = []
-        for module in modules:
-            _, output, item_vectors = module(ids.to(args.device), window.to(args.device))
-            scores = last_output(output, window.to(args.device)) @ item_vectors[1:].T
+        ids, both = torch.from_numpy(data.user_ids[users]).to(args.device), []
+        for module, window in zip(modules, windows, strict=True):
+            items = pad_batch(data.items, np.maximum(begin, end - window), end).to(args.device)
+            _, output, item_vectors = module(ids, items)
+            scores = last_output(output, items) @ item_vectors[1 : num_items + 1].T
             both.append(rank_items(scores.float().cpu().numpy(), observed[:, 1:]))
         weights = sampling_weights(*both, args)
         for row, user in enumerate(users):
@@ -291,9 +285,10 @@ def renew(modules, data, histories, args, epoch, num_epochs):
 
 
 def losses(modules, ids, history, negatives, drawn, args):
-    """L_CF(T), L_BD(T;S), L_CF(S), L_BD(S;T) of a batch: ids [B], history [B, T], negatives [2, B, T, k].
+    """L_CF of T and S, and L_BD(T;S) and L_BD(S;T): two lists. All are sums over the batch.
 
-    drawn [2, B, T k] are the items that teach each model, 0 for padding, or None.
+    ids [B], history [B, T], negatives [2, B, T, k]. drawn [2, B, T k] are the items that teach each model, 0
+    for padding, or None.
     """
     l_cf, sides = [], []
     for module, items in zip(modules, negatives, strict=True):
@@ -302,41 +297,38 @@ def losses(modules, ids, history, negatives, drawn, args):
         state = last_output(output, history.to(args.device))
         sides.append((state, item_vectors, zero_logit(args.base, state, item_vectors)))
     l_bd = [torch.zeros_like(loss) for loss in l_cf]
-    for A, B, weight in ((0, 1, args.lambda_teacher), (1, 0, args.lambda_student)):
+    for A, weight in enumerate((args.lambda_teacher, args.lambda_student)):  # A learns from the other model
         if drawn is not None and weight:
-            z = [logits(*side[:2], drawn[A]) - side[2] for side in sides]
-            l_bd[A] = bd_loss(z[A][drawn[A] > 0], z[B][drawn[A] > 0], args.temperature)
-    return [l_cf[0], l_bd[0], l_cf[1], l_bd[1]]
+            z = [logits(state, vectors, drawn[A]) - zero for state, vectors, zero in sides]
+            l_bd[A] = bd_loss(z[A][drawn[A] > 0], z[1 - A][drawn[A] > 0], args.temperature)
+    return l_cf, l_bd
 
 
 def joint_batch(data, rows, batch, unseen, drawn, args, rng):
     """User ids [B], histories [B, T], negatives [2, B, T, k] and items that teach [2, B, T k] of a batch.
 
-    drawn [2, n k] are the items that teach in this epoch, or None. All is drawn for the whole batch, so that
-    processes do not change the numbers; then each process takes its part.
+    drawn [2, n k] are the items that teach in this epoch, or None. All processes draw for the whole batch,
+    then each keeps its rows.
     """
     users, begin, end = (column[batch] for column in rows)
-    history, k, part, taught = (
-        pad_batch(data.items, begin, end),
-        args.samples,
-        slice(RANK, None, PROCESSES),
-        None,
-    )
-    shape = 2, *history.shape, k
-    negatives = torch.from_numpy(unseen.draw(np.broadcast_to(users[:, None, None], shape), rng))
+    history, k, teaching = pad_batch(data.items, begin, end), args.samples, None
+    negatives = torch.zeros((2, *history.shape, k), dtype=torch.int64)
+    if unseen:
+        negatives = torch.from_numpy(unseen.draw(np.broadcast_to(users[:, None, None], negatives.shape), rng))
     if drawn is not None:
-        taught = torch.stack([pad_batch(items, begin * k, end * k) for items in drawn.numpy()])
+        teaching = torch.stack([pad_batch(items, begin * k, end * k) for items in drawn.numpy()])
         if args.negatives == "drawn":
-            beside = taught.view_as(negatives)
-            negatives = torch.where(beside > 0, beside, negatives)
-        taught = taught[:, part]
-    return torch.from_numpy(data.user_ids[users])[part], history[part], negatives[:, part], taught
+            negatives = torch.where(teaching > 0, teaching, negatives.flatten(2)).view_as(negatives)
+        teaching = teaching[:, RANK::PROCESSES]
+    ids = torch.from_numpy(data.user_ids[users])
+    return ids[RANK::PROCESSES], history[RANK::PROCESSES], negatives[:, RANK::PROCESSES], teaching
 
 
 def set_up(args):
     """Data, histories, the rows of a batch, validation users, max_length; programs, modules, optimizers."""
+    join_processes(args.device)
     torch.manual_seed(args.seed)
-    data, programs, modules, optimizers = read_interactions(args.data), [], [], []
+    data, programs, modules, sees, optimizers = read_interactions(args.data), [], [], [], []
     max_length = max(2, int(np.diff(data.starts).max()))
     for path, dim in zip((args.teacher, args.student), args.dims, strict=True):
         if path:
@@ -344,7 +336,12 @@ def set_up(args):
             program = torch.export.load(path)  # stays on the CPU, to be saved
             with_dropout(program.graph_module, False)
             max_length = min(max_length, config["max_length"])
+            sees.append(config.get("sees"))
+            base = config.get("settings", {}).get("base", "sequence")
+            if (base in ("bpr", "cdae") or args.base in ("bpr", "cdae")) and base != args.base:
+                sys.exit(f"{path} is a model of --base {base}, not of --base {args.base}")
         else:
+            sees.append(None)
             model = BASES[args.base].model(int(data.user_ids.max()), int(data.items.max()), dim)
             program = export(model, max_length)
             module = move_to_device_pass(export(model, max_length), args.device).module()
@@ -354,24 +351,29 @@ def set_up(args):
         weights = module.parameters()
         optimizers.append(torch.optim.Adam(weights, args.learning_rate, weight_decay=decay, fused=True))
     histories, validation_users = training_part(data, max_length - 1, args.seed)
+    unseen = UnseenItems(data) if args.base != "softmax" else None  # the softmax is over all items
+    if unseen:
+        histories = Histories(*(column[unseen.possible[histories.users]] for column in histories))
     rows = histories
     if args.base == "bpr":  # a row is a pair of user and item: a history of one item
-        places = np.concatenate(
-            [np.arange(b, e) for b, e in zip(histories.begin, histories.end, strict=True)]
-        )
+        places = np.concatenate([np.arange(b, e) for _, b, e in zip(*histories, strict=True)])
         rows = Histories(np.repeat(histories.users, histories.end - histories.begin), places, places + 1)
-    join_processes(args, len(rows.users), len(validation_users))
-    return data, histories, rows, validation_users, max_length, programs, modules, optimizers
+    configs = [{"items": int(data.items.max()), "max_length": max_length} for _ in modules]
+    for config, reach in zip(configs, sees, strict=True):
+        config |= {"sees": reach} if reach and reach < max_length else {}
+    return data, histories, rows, validation_users, unseen, configs, programs, modules, optimizers
 
 
 def train(args):
     """Warm up, train both ways, and write both models and the log."""
-    data, histories, rows, validation_users, max_length, programs, modules, optimizers = set_up(args)
-    unseen, lambdas = UnseenItems(data), (args.lambda_teacher, args.lambda_student)
+    data, histories, rows, validation_users, unseen, configs, programs, modules, optimizers = set_up(args)
+    windows = [config.get("sees", config["max_length"]) for config in configs]
+    lambdas = args.lambda_teacher, args.lambda_student
     # a sequence model has no loss for the first item
     num_observed = (rows.end - rows.begin - (BASES[args.base].model is None)).sum()
     teaches = args.direction == "both" and (any(lambdas) or args.negatives == "drawn")
-    run = Run(args, data, [*modules, *optimizers])
+    models = [f"{args.out}-teacher.pt2", f"{args.out}-student.pt2"]
+    run = Run(args, data, models, [*modules, *optimizers])
     best, drawn, last_epoch = run.state.get("best", {}), run.state.get("drawn"), args.warm_up + args.epochs
     for epoch in range(len(run.log) + (not args.teacher), last_epoch + 1):  # epoch 0 validates given models
         start, line, joint = time.time(), {"epoch": epoch}, epoch - args.warm_up - 1  # joint epochs, from 0
@@ -381,7 +383,7 @@ def train(args):
                 optimizer.param_groups[0]["weight_decay"] = decay
         if joint >= 0 and teaches and joint % args.period == 0:
             num_epochs = min(args.period, args.epochs - joint)
-            drawn, line["student_better"] = renew(modules, data, histories, args, epoch, num_epochs)
+            drawn, line["student_better"] = renew(modules, windows, data, histories, args, epoch, num_epochs)
             line["renewal_seconds"] = time.time() - start
         drawn_now = None if drawn is None else drawn[:, joint % args.period]
         rng, batches = epoch_batches(rows.end - rows.begin, args.batch_size, args.seed, epoch)
@@ -390,34 +392,36 @@ def train(args):
             with_dropout(module, True)
         for batch in batches if epoch else []:
             inputs = joint_batch(data, rows, batch, unseen, drawn_now, args, rng)
-            parts = losses(modules, *inputs, args)
+            l_cf, l_bd = losses(modules, *inputs, args)
             for side, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
-                loss = parts[2 * side] + lambdas[side] * parts[2 * side + 1]  # L_CF + lambda L_BD
+                loss = l_cf[side] + lambdas[side] * l_bd[side]
                 optimizer.zero_grad()
-                # the loss is a sum: with this factor each observed item of the epoch counts alike
+                # the loss is a sum; this factor gives all observed items of the epoch equal weight
                 (loss * len(batches) / num_observed).backward()
                 sum_over_processes([weight.grad for weight in module.parameters()])
                 optimizer.step()
-            total += torch.stack(parts).detach()
+            total += torch.stack(l_cf + l_bd).detach()
         for module in modules:
             with_dropout(module, False)
         sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
+            sys.exit(
+                f"the loss is not finite in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt"
+            )
         if epoch:
-            names = "L_CF(T)", "L_BD(T;S)", "L_CF(S)", "L_BD(S;T)"
+            names = "L_CF(T)", "L_CF(S)", "L_BD(T;S)", "L_BD(S;T)"
             line |= zip(names, (total / num_observed).tolist(), strict=True)
         line["seconds"] = time.time() - start
         # a long warm-up is not validated every epoch: that would take longer than the epoch
         if joint >= -1 or epoch % args.period == 0:
-            for kind, program, module in zip(("teacher", "student"), programs, modules, strict=True):
-                hr, ndcg = validate(module, data, validation_users, max_length, args.device)
+            for side, kind in enumerate(("teacher", "student")):
+                hr, ndcg = validate(modules[side], data, validation_users, windows[side], args.device)
                 line |= {f"{kind}_HR@10": hr, f"{kind}_NDCG@10": ndcg}
                 # joint training goes on from the end of the warm-up, as published, not from its best epoch
                 if kind not in best or joint < 0 or ndcg > best[kind]["NDCG@10"]:
                     best[kind] = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
-                    config = {"role": kind, "items": int(data.items.max()), "max_length": max_length}
-                    run.save_model(f"{args.out}-{kind}.pt2", program, module, best[kind], **config)
+                    config = configs[side] | {"role": kind}
+                    run.save_model(models[side], programs[side], modules[side], best[kind], **config)
         run.end_epoch(line, last_epoch - epoch, best=best, drawn=drawn)
 
 
@@ -440,8 +444,8 @@ def with_dropout(module, on):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
-Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
 
@@ -457,7 +461,7 @@ def read_interactions(path):
             warnings.simplefilter("ignore")  # numpy warns of an empty file
             table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
+        if table.ndim != 2 or table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except OSError:
         raise
@@ -471,23 +475,29 @@ def read_interactions(path):
         sys.exit(f"{path}: the rows of a user must stand together, oldest first")
     sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
-    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
-    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
+    items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
+    if gaps := catalogue[-1] - len(catalogue):
+        note = (
+            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
+        )
+        sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
+    train_end = starts[1:] - 2 * evaluated
+    return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
-def training_part(data, max_length, seed, most=10_000):
+def training_part(data, max_length, seed, limit=10_000):
     """Histories to train on, and the users [W] to validate on, indices into user_ids.
 
-    A history is the last max_length + 1 training items of a user who has two or more. If there are more than
-    `most` users to validate on, `most` of them are drawn.
+    A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
+    are validated on, drawn at random.
     """
     users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     validation_users = np.flatnonzero(data.evaluated)
-    if len(users) == 0 or len(validation_users) == 0:
+    if len(users) == 0 or len(validation_users) < PROCESSES:
         sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
-    if len(validation_users) > most:
+    if len(validation_users) > limit:
         rng = np.random.default_rng(seed)
-        validation_users = np.sort(rng.choice(validation_users, most, replace=False))
+        validation_users = np.sort(rng.choice(validation_users, limit, replace=False))
     end = data.train_end[users]
     return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end), validation_users
 
@@ -498,21 +508,23 @@ class UnseenItems:
     def __init__(self, data):
         user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
         training = np.arange(len(data.items)) < data.train_end[user]
-        # a pair of user and item is one number, user * (V + 1) + item, so a look-up is a binary search
-        self.num_items = int(data.items.max())
-        self.seen = np.unique((user * (self.num_items + 1) + data.items)[training])
-        full = np.bincount(self.seen // (self.num_items + 1)) == self.num_items
-        if full.any():
-            sys.exit(f"user {data.user_ids[full.argmax()]} has seen every item; remove this user")
+        # the pair of a user and an item is one number, user * (V + 1) + item: a look-up is a binary search
+        self.catalogue, self.base = data.catalogue, int(data.items.max()) + 1
+        self.seen = np.unique((user * self.base + data.items)[training])
+        self.possible = np.bincount(self.seen // self.base, minlength=len(data.starts)) < len(self.catalogue)
+        if not self.possible.all():
+            print(
+                f"note: {(~self.possible).sum()} users have seen every item and are left out", file=sys.stderr
+            )
 
     def draw(self, users, rng):
         """An item for each entry of `users`, indices into data.user_ids: int64 of the same shape."""
-        drawn, wrong = rng.integers(1, self.num_items + 1, users.size), np.arange(users.size)
+        drawn, wrong = np.zeros(users.size, int), np.arange(users.size)
         while len(wrong):
-            pair = users.flat[wrong] * (self.num_items + 1) + drawn[wrong]
+            drawn[wrong] = self.catalogue[rng.integers(len(self.catalogue), size=len(wrong))]
+            pair = users.flat[wrong] * self.base + drawn[wrong]
             place = np.minimum(np.searchsorted(self.seen, pair), len(self.seen) - 1)
             wrong = wrong[self.seen[place] == pair]
-            drawn[wrong] = rng.integers(1, self.num_items + 1, len(wrong))
         return drawn.reshape(users.shape)
 
 
@@ -524,10 +536,10 @@ def pad_batch(items, begin, end):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and the epoch's batches, arrays of indices.
+    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Histories of a batch have similar `lengths` [N], so there is little padding. To this end groups of 64
-    shuffled batches (at most a quarter of all, so that epochs differ) are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
+    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -536,72 +548,78 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     groups = [order[k : k + group] for k in range(0, len(order), group)]
     order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
     batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    if min(map(len, batches)) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get no rows of a batch")
     return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
 # ---- Several processes (torchrun): each takes its part of every batch, gradients are added up ------------
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
-def join_processes(args, num_histories, num_validation_users):
+def join_processes(device):
     """Join the processes that torchrun has started. Without torchrun, do nothing."""
     if "RANK" not in os.environ:
         return
     try:
-        if args.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"RANK is set, but the processes of torchrun do not meet: {error}".splitlines()[0])
-    smallest_batch = num_histories // math.ceil(num_histories / args.batch_size)
-    if min(smallest_batch, num_validation_users) < PROCESSES:
-        sys.exit(f"{PROCESSES} processes are too many: some would get nothing of a batch")
+        sys.exit(f"RANK is set, but the processes of torchrun cannot connect: {error}".splitlines()[0])
     if RANK:
         sys.stdout = io.StringIO()  # one process prints
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes. The tensors have one type. None stays None."""
+    """Replace each tensor by its sum over all processes. All have one dtype. None is skipped."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
         total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError:
+            sys.exit("another process of torchrun has ended")
         nn.utils.vector_to_parameters(total, tensors)
 
 
 # ---- Validation ------------------------------------------------------------------------------------------
 
 
-def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target, among the items not in `seen`: float64 [B].
+def rank_of_target(scores, target, seen, catalogue):
+    """rho = 1 + #{better} + #{equal} / 2 of each target among `catalogue` without `seen`: float64 [B].
 
-    scores [B, V+1] are overwritten; target [B]; seen [B, H], 0 for padding. A tie counts half: this is the
-    expected rank under random tie-breaking.
+    scores [B, V+1]; target [B]; seen: an array of items for each row; catalogue: the items that occur. A tie
+    counts half: this is the expected rank under random tie-breaking.
     """
-    target_score = scores.gather(1, target[:, None])  # [B, 1]
-    if not target_score.isfinite().all():  # nothing would rank above a NaN
+    target_score = scores.gather(1, torch.from_numpy(target)[:, None].to(scores.device))  # [B, 1]
+    if scores.sum().isnan() or not target_score.isfinite().all():  # a NaN compares false with everything
         sys.exit("the scores of the model are not finite; train it again with a lower --learning-rate")
-    scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], target_score)
-    better = (scores > target_score).sum(1, dtype=torch.int32)
-    equal = (scores == target_score).sum(1, dtype=torch.int32)  # the target itself is one of them
-    return 1 + better.double() + (equal.double() - 1) / 2
+    ranked = np.zeros(scores.shape, bool)
+    ranked[:, catalogue] = True
+    for row, items, item in zip(ranked, seen, target, strict=True):
+        row[items], row[item] = False, True
+    ranked = torch.from_numpy(ranked).to(scores.device)
+    better = (ranked & (scores > target_score)).sum(1)
+    equal = (ranked & (scores == target_score)).sum(1) - 1  # beside the target itself
+    return 1 + better.double() + equal.double() / 2
 
 
 @torch.no_grad()
-def validate(model, data, users, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of `users` [W], ranked among all items they have not seen."""
+def validate(model, data, users, window, device):
+    """HR@10 and NDCG@10 of the validation items of `users` [W], ranked among all items they have not seen.
+
+    The model reads the last `window` items of each history.
+    """
     users, ranks = users[RANK::PROCESSES], []
     begin, end = data.starts[users], data.train_end[users]
-    # slices of at most 256 users and 16 MiB of scores
-    num_slices = math.ceil(max(len(users) * min(1, data.items.max() / 2**22), len(users) / 256))
-    for part in np.array_split(np.argsort(end - begin), num_slices):
+    rows = max(1, min(256, 2**22 // data.items.max()))  # users a slice: at most 16 MiB of scores
+    for part in np.array_split(np.argsort(end - begin), math.ceil(len(users) / rows)):
         b, e = begin[part], end[part]
-        window = pad_batch(data.items, np.maximum(b, e - max_length), e).to(device)
-        _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), window)
-        target, seen = torch.from_numpy(data.items[e]).to(device), pad_batch(data.items, b, e).to(device)
-        ranks.append(rank_of_target(last_output(output, window) @ item_vectors.T, target, seen).cpu())
+        items = pad_batch(data.items, np.maximum(b, e - window), e).to(device)
+        _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), items)
+        scores, seen = last_output(output, items) @ item_vectors.T, map(slice, b, e)
+        seen = [data.items[history] for history in seen]
+        ranks.append(rank_of_target(scores, data.items[e], seen, data.catalogue).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
@@ -616,6 +634,7 @@ def write(path, content):
     """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
     if RANK:  # one process writes
         return
+    path = Path(path).resolve()  # the target of a link
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -636,8 +655,9 @@ def export(model, max_length):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
-    or users than `data`, or was trained on other data, unless `any_data`.
+    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
+    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
+    other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -648,17 +668,24 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
+        if config["items"] < num_items or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
-        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
-            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        shapes = *vectors.shape, *hidden.shape[1:3]
+        if shapes != (config["items"] + 1, output.shape[2], 1, 1):
+            raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
+        items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
+        whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))
+        if not torch.allclose(whole, cut, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"its output depends on more than the last {window} items, which `sees` says")
         module = move_to_device_pass(program, device).module()
     except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3], "window": window}
 
 
 class Run:
@@ -668,31 +695,50 @@ class Run:
     checkpoint holds: tensors and plain values, by name.
     """
 
-    def __init__(self, args, data, parts=()):
+    def __init__(self, args, data, models, parts=()):
         self.out, self.parts, self.log, self.state = args.out, parts, [], {}
+        checkpoint = Path(f"{args.out}.ckpt")
+        inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
+        for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
+            if path.exists() and (
+                not path.is_file() or any(path.samefile(other) for other in inputs if other)
+            ):
+                sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+        lock = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
+        lock = os.open(Path(tempfile.gettempdir(), f"{lock}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+        except OSError:
+            sys.exit(f"{args.out}: another run is writing it")
         paths = ("data", "out", "teacher", "student", "architecture", "resume")
         settings = {name: value for name, value in vars(args).items() if name not in paths}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
         self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
         self.made_by["data_sha256"] = data.sha256
-        # a resumed run must have all this in common with the run that was stopped
+        # a resumed run must have the same values as the run that was stopped
         files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
         sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
         self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
-        path = Path(f"{args.out}.ckpt")
-        if path.exists() and not args.resume:
-            sys.exit(f"{path}: a run stopped here; give --resume, or remove the file")
+        if checkpoint.exists() and not args.resume:
+            sys.exit(f"{checkpoint}: a run stopped here; give --resume, or remove the file")
         if args.resume:
-            content = io.BytesIO(path.read_bytes())
+            content = io.BytesIO(checkpoint.read_bytes())
             try:
-                common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns of some damaged files
+                    common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
-                sys.exit(f"{path} cannot be resumed: it is not a checkpoint")
-            if changed := [name for name in self.common if common.get(name) != self.common[name]]:
-                sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(changed)}")
+                sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
+            names = common.keys() | self.common.keys()
+            if changed := sorted(name for name in names if common.get(name) != self.common.get(name)):
+                sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            if self.state.get("best") and not all(Path(model).exists() for model in models):
+                sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
-        print(f"{len(data.user_ids):,} users, {data.items.max():,} items, {len(data.items):,} interactions")
+        print(
+            f"{len(data.user_ids):,} users, {len(data.catalogue):,} items, {len(data.items):,} interactions"
+        )
 
     def save_model(self, path, program, module, validation=None, **config):
         """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
@@ -706,10 +752,10 @@ class Run:
         """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
-        seconds = np.mean([line["seconds"] for line in self.log]) * epochs_left
+        seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
         left = f"at least {seconds / 60:.1f} min left"
         print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
-        write(f"{self.out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        write(f"{self.out}.log.jsonl", "".join(json.dumps(logged) + "\n" for logged in self.log).encode())
         if epochs_left:
             buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
             torch.save((self.common, states, self.log, state), buffer)
@@ -720,15 +766,16 @@ class Run:
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # --help shows the text at the top of this file as it stands, and the default of each option
 Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 
@@ -750,10 +797,14 @@ def main(argv=None):
     )
     add("--dims", **pair, type=count, default=[50, 5], help="sizes of the vectors of a new bpr or cdae")
     add("--learning-rate", type=positive, help="of Adam")
-    add("--temperature", type=positive, help="tau, divides the other's logits; inf: each label is 1/2")
+    add(
+        "--temperature",
+        type=number(float, 1e-6, math.inf),
+        help="tau, divides the other's logits; inf: each label is 1/2",
+    )
     add("--epsilon-exp", type=positive, help="epsilon_e of p_S->T")
     add("--epsilon-tanh", type=positive, help="epsilon_t of p_T->S")
-    add("--batch-size", type=count, help="users a step; with bpr, observed pairs")
+    add("--batch-size", type=count, help="users per batch; with bpr, observed pairs")
     add("--warm-up-weight-decay", **pair, type=positive, help="of Adam, in the warm-up")
     add("--samples", type=count, help="k: negatives, and drawn items per direction, per observed item")
     add("--warm-up", type=number(int, 0), help="epochs alone; 0 if models are given")
@@ -772,14 +823,16 @@ def main(argv=None):
         help="of L_CF; drawn: those that teach",
     )
     add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
-    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same files")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.epilog = "\n".join(f"defaults of {name}: {base.defaults}" for name, base in BASES.items())
-    args, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**BASES[args.base].defaults | ({"warm_up": 0} if args.teacher else {}))
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, data and machine: same files")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
+    parser.epilog = "\n".join(f"--base {name}: {base.defaults}" for name, base in BASES.items())
+    args, _ = parser.parse_known_args(argv)  # --base decides the defaults of the others
+    parser.set_defaults(**BASES[args.base].defaults._asdict() | ({"warm_up": 0} if args.teacher else {}))
     args = parser.parse_args(argv)
     if bool(args.teacher) != bool(args.student) or not (BASES[args.base].model or args.teacher):
         parser.error("give --teacher and --student, two trained models, or --base bpr or cdae")
+    if args.negatives == "drawn" and (args.direction == "none" or args.base == "softmax"):
+        parser.error("--negatives drawn needs --direction both and a base with negatives, not softmax")
     if not args.teacher and args.warm_up + args.epochs == 0:
         parser.error("--warm-up and --epochs are 0: nothing to train")
     try:

@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -47,114 +48,137 @@ METRICS = {
 }
 
 
-def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target, among the items not in `seen`: float64 [B].
+def rank_of_target(scores, target, seen, catalogue):
+    """rho = 1 + #{better} + #{equal} / 2 of each target among `catalogue` without `seen`: float64 [B].
 
-    scores [B, V+1] are overwritten; target [B]; seen [B, H], 0 for padding. A tie counts half: this is the
-    expected rank under random tie-breaking.
+    scores [B, V+1]; target [B]; seen: an array of items for each row; catalogue: the items that occur. A tie
+    counts half: this is the expected rank under random tie-breaking.
     """
-    target_score = scores.gather(1, target[:, None])  # [B, 1]
-    if not target_score.isfinite().all():  # nothing would rank above a NaN
+    target_score = scores.gather(1, torch.from_numpy(target)[:, None].to(scores.device))  # [B, 1]
+    if scores.sum().isnan() or not target_score.isfinite().all():  # a NaN compares false with everything
         sys.exit("the scores of the model are not finite; train it again with a lower --learning-rate")
-    scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], target_score)
-    better = (scores > target_score).sum(1, dtype=torch.int32)
-    equal = (scores == target_score).sum(1, dtype=torch.int32)  # the target itself is one of them
-    return 1 + better.double() + (equal.double() - 1) / 2
+    ranked = np.zeros(scores.shape, bool)
+    ranked[:, catalogue] = True
+    for row, items, item in zip(ranked, seen, target, strict=True):
+        row[items], row[item] = False, True
+    ranked = torch.from_numpy(ranked).to(scores.device)
+    better = (ranked & (scores > target_score)).sum(1)
+    equal = (ranked & (scores == target_score)).sum(1) - 1  # beside the target itself
+    return 1 + better.double() + equal.double() / 2
 
 
 def last_output(output, items):
     """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
-    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+    return output[torch.arange(items.shape[0], device=items.device), (items > 0).sum(1) - 1]
+
+
+class Scorer(torch.nn.Module):
+    """Scores [B, V+1] of all items after the last item of each history; users [B], items [B, T]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, users, items):
+        _, output, item_vectors = self.model(users, items)
+        return last_output(output, items) @ item_vectors.T
+
+
+def draw_candidates(weight, seen, target, count, generator):
+    """`count` different items a row, in proportion to `weight` [V+1], neither seen nor target: [B, count].
+
+    seen: an array of items for each row. Each item gets an exponential waiting time of rate `weight`. The
+    first items to come are a weighted sample without replacement.
+    """
+    waiting = torch.empty(len(seen), len(weight)).exponential_(generator=generator) / weight
+    for row, items, item in zip(waiting, seen, target, strict=True):
+        row[items] = row[item] = math.inf
+    return waiting.topk(count, dim=1, largest=False).indices
 
 
 @torch.no_grad()
-def score(model, users, items):
-    """Scores [B, V+1] of all items after the last item of each history; users [B], items [B, T]."""
-    _, output, item_vectors = model(users, items)
-    return last_output(output, items) @ item_vectors.T
-
-
-def draw_candidates(weight, taken, count, generator):
-    """`count` different items a row, drawn in proportion to `weight` [V+1], none of `taken`: [B, count].
-
-    taken [B, H], 0 for padding. Each item gets an exponential waiting time of rate `weight`. The first items
-    to come are a weighted sample without replacement.
-    """
-    waiting = torch.empty(len(taken), len(weight)).exponential_(generator=generator) / weight
-    waiting.scatter_(1, taken, math.inf)[:, 0] = math.inf
-    arrival, drawn = waiting.topk(min(count, waiting.shape[1]), dim=1, largest=False)
-    if drawn.shape[1] < count or arrival.isinf().any():
-        sys.exit(f"a user has fewer than {count} unseen items to draw; lower --negatives")
-    return drawn
-
-
-def rank_all(model, max_length, data, inputs, users, end, args):
+def rank_all(scorer, window, data, inputs, users, end, args):
     """The rank of the target items[end] of each of `users`, after the history before it: float64 [users].
 
-    users are indices into data.user_ids. The model reads `inputs`: Interactions like `data`, or with more
-    items before each history. With --protocol uniform or popularity, the rank is among the target and
-    --negatives drawn items, the same for every model.
+    users are indices into data.user_ids. The model reads the last `window` items of `inputs`: Interactions
+    like `data`, or with more items before each history. With --protocol uniform or popularity, the rank is
+    among the target and --negatives drawn items, the same for every model.
     """
     begin, ranks = data.starts[users], np.empty(len(users))
     first, after = inputs.starts[users], inputs.starts[users + 1] - (data.starts[users + 1] - end)
     generator, counts = torch.Generator().manual_seed(args.seed), np.bincount(data.items)
-    weight = torch.from_numpy(counts if args.protocol == "popularity" else np.ones(len(counts))).float()
+    weight = torch.from_numpy(counts if args.protocol == "popularity" else counts > 0).float()
     order = np.argsort(end - begin, kind="stable")
     rows = max(1, min(64, 2**22 // len(counts)))  # users a slice: it should fit the cache
     for part in (order[n : n + rows] for n in range(0, len(order), rows)):
         b, e = begin[part], end[part]
         ids = torch.from_numpy(data.user_ids[users[part]]).to(args.device)
-        window = pad_batch(inputs.items, np.maximum(first[part], after[part] - max_length), after[part])
-        scores = score(model, ids, window.to(args.device))
-        target, seen = (
-            torch.from_numpy(data.items[e]).to(args.device),
-            pad_batch(data.items, b, e).to(args.device),
-        )
+        items = pad_batch(inputs.items, np.maximum(first[part], after[part] - window), after[part])
+        scores = scorer(ids, items.to(args.device))
+        target, seen = data.items[e], [data.items[history] for history in map(slice, b, e)]
         if args.protocol != "full":
-            taken = torch.cat([seen, target[:, None]], 1).cpu()
-            drawn = draw_candidates(weight, taken, args.negatives, generator).to(args.device)
-            kept = torch.cat([drawn, target[:, None]], 1)
+            drawn = draw_candidates(weight, seen, target, args.negatives, generator).to(args.device)
+            kept = torch.cat([drawn, torch.from_numpy(target)[:, None].to(args.device)], 1)
             scores = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
         if args.keep_seen or args.protocol != "full":
-            seen = torch.zeros_like(seen[:, :1])
-        ranks[part] = rank_of_target(scores, target, seen).cpu()
+            seen = [[]] * len(part)
+        ranks[part] = rank_of_target(scores, target, seen, data.catalogue).cpu()
     return ranks
 
 
 def bootstrap_interval(values, seed, resamples=1000):
     """95 % interval of the mean of `values` [users], by resampling users with replacement."""
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    return tuple(float(x) for x in np.quantile(means, [0.025, 0.975]))
+    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
+    return np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def paired_p_value(values, reference):
     """Two-sided p-value of the paired t-test that both models have the same mean; both [users]."""
-    return float(stats.ttest_rel(values, reference).pvalue) if (values != reference).any() else 1.0
+    if len(values) < 2 or (values == reference).all():
+        return 1.0
+    return float(stats.ttest_rel(values, reference).pvalue)
 
 
 # ---- Size and speed --------------------------------------------------------------------------------------
 
 
-def count_parameters(model, num_users, num_items):
-    """Number of parameters: all, and those outside of tables with a row for each item or user."""
-    tables = {num_items, num_items + 1, num_users, num_users + 1}
-    outside = [p.numel() for p in model.parameters() if not tables & set(p.shape)]
-    return sum(p.numel() for p in model.parameters()), sum(outside)
+def count_parameters(model):
+    """Number of parameters: all, and those outside of embedding tables and item vectors.
+
+    A table is what the program looks rows up in, or what it returns as item vectors.
+    """
+    (result,) = (node.args[0] for node in model.graph.nodes if node.op == "output")
+    tables = {node.args[0] for node in model.graph.nodes if node.target is torch.ops.aten.embedding.default}
+    names = {node.target for node in [*tables, result[2]] if node.op == "get_attr"}
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name not in names)
 
 
 @torch.no_grad()
-def count_multiply_adds(model, max_length, device):
-    """Multiply-adds of the model for one history of `max_length` items, and of scoring all items after it."""
-    items = torch.ones(1, max_length, dtype=torch.int64, device=device)
+def count_multiply_adds(model, window, device):
+    """Multiply-adds of the model for one request of `window` items, and of scoring all items after it."""
+    items = torch.ones(1, window, dtype=torch.int64, device=device)
     # the counter knows matrix products but not the fused attention, so that is taken apart here
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, _, item_vectors = model(items[:, 0], items)
     return counter.get_total_flops() // 2, item_vectors[1:].numel()
 
 
-def milliseconds(model, data, max_length, device, batch_size, repeats):
+def compiled(scorer, window, device):
+    """`scorer` compiled by AOTInductor, for up to `window` items: what a service runs."""
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=window)
+    example = [torch.ones(shape, dtype=torch.int64, device=device) for shape in (2, (2, window))]
+    shapes = {0: batch}, {0: batch, 1: length if window > 1 else None}
+    try:
+        program = torch.export.export(scorer, tuple(example), dynamic_shapes=shapes)
+        return torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+    except Exception as error:  # of many kinds
+        sys.exit(f"--compile needs a C++ compiler; {type(error).__name__}: {error}".splitlines()[0])
+
+
+@torch.no_grad()
+def milliseconds(scorer, data, window, device, batch_size, repeats):
     """Median time to score all items for `batch_size` users, from histories to scores, over `repeats`.
 
     The users are spread evenly over the data, the same for every model. The first batch is not counted.
@@ -162,9 +186,9 @@ def milliseconds(model, data, max_length, device, batch_size, repeats):
     spread, times = np.linspace(0, len(data.user_ids) - 1, batch_size * (repeats + 1)).astype(int), []
     for users in np.random.default_rng(0).permutation(spread).reshape(repeats + 1, batch_size):
         end = data.starts[users + 1]
-        window = pad_batch(data.items, np.maximum(data.starts[users], end - max_length), end).to(device)
+        items = pad_batch(data.items, np.maximum(data.starts[users], end - window), end).to(device)
         ids, start = torch.from_numpy(data.user_ids[users]).to(device), time.perf_counter()
-        score(model, ids, window)[0, 0].item()  # .item() waits for a GPU
+        scorer(ids, items)[0, 0].item()  # .item() waits for a GPU
         times.append(1000 * (time.perf_counter() - start))
     return float(np.median(times[1:]))
 
@@ -181,39 +205,50 @@ def evaluate(args):
     if args.users and args.users < len(users):
         users = np.sort(np.random.default_rng(args.seed).choice(users, args.users, replace=False))
     end = data.train_end[users] + (args.split == "test")
+    if args.protocol != "full":
+        seen = [len(np.unique(data.items[b : e + 1])) for b, e in zip(data.starts[users], end, strict=True)]
+        possible = len(data.catalogue) - np.array(seen) >= args.negatives
+        if not possible.any():
+            sys.exit(f"all users have fewer than {args.negatives} unseen items to draw; lower --negatives")
+        if not possible.all():
+            print(
+                f"note: {(~possible).sum()} users have too few unseen items and are left out", file=sys.stderr
+            )
+        users, end = users[possible], end[possible]
     if args.inputs:  # its histories must end with those of `data`
         inputs = read_interactions(args.inputs)
         lengths, same = np.diff(data.starts), np.array_equal(inputs.user_ids, data.user_ids)
-        if same and (np.diff(inputs.starts) >= lengths).all() and inputs.items.max() <= data.items.max():
-            places = np.arange(len(data.items)) + np.repeat(inputs.starts[1:] - data.starts[1:], lengths)
-            same = np.array_equal(inputs.items[places], data.items)
-        else:
-            same = False
-        if not same:
+        if same := same and (np.diff(inputs.starts) >= lengths).all():
+            shift = np.repeat(inputs.starts[1:] - data.starts[1:], lengths)
+            same = np.array_equal(inputs.items[np.arange(len(data.items)) + shift], data.items)
+        if not same or inputs.items.max() > data.items.max():
             sys.exit(f"{args.inputs}: not the histories of {args.data}, with or without more before them")
     reports, ranks = [], []
-    for path, (model, config) in [(path, load_model(path, data, args.device, True)) for path in args.models]:
+    models = [load_model(path, data, args.device, any_data=True) for path in args.models]
+    for path, (model, config) in zip(args.models, models, strict=True):
         if config.get("data_sha256", data.sha256) != data.sha256:
             print(f"note: {path} was trained on other data than {args.data}", file=sys.stderr)
-        ranks.append(rank_all(model, config["max_length"], data, inputs, users, end, args))
+        scorer, window = Scorer(model), config["window"]
+        ranks.append(rank_all(scorer, window, data, inputs, users, end, args))
         report = {"model": str(path), "stage": config.get("stage"), "users": len(users), "split": args.split}
-        for name, k in product(METRICS, args.at):
-            of_model, of_first = (METRICS[name](rank, k) for rank in (ranks[-1], ranks[0]))
-            report[f"{name}@{k}"] = float(of_model.mean())
-            report[f"{name}@{k}_p_value"] = paired_p_value(of_model, of_first)
-        ndcg, of_first = (METRICS["NDCG"](rank, 10) for rank in (ranks[-1], ranks[0]))
+        for (name, metric), k in product(METRICS.items(), args.at):
+            values = metric(ranks[-1], k)
+            report[f"{name}@{k}"] = float(values.mean())
+            report[f"{name}@{k}_p_value"] = paired_p_value(values, metric(ranks[0], k))
+        ndcg = METRICS["NDCG"](ranks[-1], 10)
         report["NDCG@10_interval"] = bootstrap_interval(ndcg, args.seed)
-        report["p_value"] = paired_p_value(ndcg, of_first)
-        sizes = count_parameters(model, data.user_ids.max(), data.items.max())
+        report["p_value"] = paired_p_value(ndcg, METRICS["NDCG"](ranks[0], 10))
+        sizes = count_parameters(model)
         report["parameters"], report["parameters_without_embeddings"] = sizes
-        report["macs"], report["macs_item_scores"] = count_multiply_adds(
-            model, config["max_length"], args.device
-        )
-        timed = data, config["max_length"], args.device
-        report["ms_per_user"] = milliseconds(model, *timed, 1, 50)
-        report["ms_per_1000_users"] = milliseconds(model, *timed, BATCH, 3) * 1000 / BATCH
-        reports.append(report)
-        report["speed_up"] = reports[0]["ms_per_user"] / report["ms_per_user"]
+        report["window"], reports = window, [*reports, report]
+        report["macs"], report["macs_item_scores"] = count_multiply_adds(model, window, args.device)
+        ways = {"": scorer} | ({"_compiled": compiled(scorer, window, args.device)} if args.compile else {})
+        for way, timed in ways.items():
+            report[f"ms_per_user{way}"] = milliseconds(timed, data, window, args.device, 1, 50)
+            batches = milliseconds(timed, data, window, args.device, BATCH, 3)
+            report[f"ms_per_1000_users{way}"] = batches * 1000 / BATCH
+            for name in ("ms_per_user", "ms_per_1000_users"):
+                report[f"{name}{way}_speed_up"] = reports[0][name + way] / report[name + way]
     if args.ranks:
         np.save(args.ranks, np.stack(ranks, 1))
     return reports
@@ -231,13 +266,22 @@ def print_table(reports, args):
         ("p-value against the first", "{p_value:.2g}"),
         ("parameters", "{parameters:,}"),
         ("  without embeddings", "{parameters_without_embeddings:,}"),
-        ("multiply-adds, one history", "{macs:,}"),
+        ("items that the model needs", "{window}"),
+        ("multiply-adds, one request", "{macs:,}"),
         ("  and to score the items", "{macs_item_scores:,}"),
-        ("ms, one request", "{ms_per_user:.3f}"),
-        (f"ms, 1,000 users, {BATCH} a batch", "{ms_per_1000_users:.1f}"),
-        ("speed-up, one request", "{speed_up:.2f}x"),
     ]
-    columns = [[cell.format(name=Path(r["model"]).stem, **r) for _, cell in rows] for r in reports]
+    for way in ["", "_compiled"] if args.compile else [""]:
+        rows += [
+            (f"ms, one request{way.replace('_', ', ')}", f"{{ms_per_user{way}:.3f}}"),
+            ("  speed-up", f"{{ms_per_user{way}_speed_up:.2f}}x"),
+            (f"ms, 1,000 users{way.replace('_', ', ')}", f"{{ms_per_1000_users{way}:.1f}}"),
+            ("  speed-up", f"{{ms_per_1000_users{way}_speed_up:.2f}}x"),
+        ]
+    names = [Path(r["model"]).stem for r in reports]
+    names = names if len(set(names)) == len(names) else [r["model"] for r in reports]
+    columns = [
+        [cell.format(name=name, **r) for _, cell in rows] for name, r in zip(names, reports, strict=True)
+    ]
     for (label, _), *cells in zip(rows, *columns, strict=True):
         padded = (f"{cell:>{max(map(len, column))}}" for cell, column in zip(cells, columns, strict=True))
         print(f"{label:29}", *padded, sep="  ")
@@ -249,18 +293,22 @@ def recommend(args):
     models = [load_model(path, data, "cpu", True) for path in args.models]
     names = Path(f"{args.data}.items.tsv")  # a line an item: id, tab, title
     if names.exists():
-        titles = dict(line.split("\t", 1) for line in names.read_text(encoding="utf-8").splitlines())
+        lines = names.read_text(encoding="utf-8", errors="replace").splitlines()
+        titles = {line.partition("\t")[0]: line.partition("\t")[2] for line in lines}
     user = np.flatnonzero(data.user_ids == args.recommend)
     if len(user) == 0:
-        sys.exit(f"{args.data} has no user {args.recommend}; take one from 1 to {data.user_ids.max()}")
+        sys.exit(f"{args.data} has no user {args.recommend}")
     history = torch.tensor(data.items[data.starts[user[0]] : data.starts[user[0] + 1]])
     tables = {f"user {args.recommend}: the last of {len(history)} items, oldest first": history[-10:]}
     for path, (model, config) in zip(args.models, models, strict=True):
-        scores = score(model, torch.from_numpy(data.user_ids[user]), history[None, -config["max_length"] :])[
-            0
-        ]
-        scores[torch.zeros(1, dtype=int) if args.keep_seen else history] = scores[0] = -math.inf
-        tables[f"{path} recommends"] = scores.topk(min(10, int(scores.isfinite().sum()))).indices
+        with torch.no_grad():
+            scores = Scorer(model)(torch.from_numpy(data.user_ids[user]), history[None, -config["window"] :])[
+                0
+            ]
+        if not scores.isfinite().all():
+            sys.exit(f"{path}: its scores are not finite; train it again with a lower --learning-rate")
+        possible = np.setdiff1d(data.catalogue, [] if args.keep_seen else history)
+        tables[f"{path} recommends"] = possible[scores[possible].argsort(descending=True)[:10]]
     for title, items in tables.items():
         lines = (f"    {item:>7}  {titles.get(str(item), '')}".rstrip() for item in items.tolist())
         print(title, *lines, sep="\n")
@@ -270,8 +318,8 @@ def recommend(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
-Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 
 
 def read_interactions(path):
@@ -285,7 +333,7 @@ def read_interactions(path):
             warnings.simplefilter("ignore")  # numpy warns of an empty file
             table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
+        if table.ndim != 2 or table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except OSError:
         raise
@@ -299,8 +347,14 @@ def read_interactions(path):
         sys.exit(f"{path}: the rows of a user must stand together, oldest first")
     sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
-    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
-    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
+    items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
+    if gaps := catalogue[-1] - len(catalogue):
+        note = (
+            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
+        )
+        sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
+    train_end = starts[1:] - 2 * evaluated
+    return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
 def pad_batch(items, begin, end):
@@ -328,8 +382,9 @@ def with_dropout(module, on):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
-    or users than `data`, or was trained on other data, unless `any_data`.
+    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
+    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
+    other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -340,30 +395,38 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
+        if config["items"] < num_items or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
-        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
-            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        shapes = *vectors.shape, *hidden.shape[1:3]
+        if shapes != (config["items"] + 1, output.shape[2], 1, 1):
+            raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
+        items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
+        whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))
+        if not torch.allclose(whole, cut, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"its output depends on more than the last {window} items, which `sees` says")
         module = move_to_device_pass(program, device).module()
     except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3], "window": window}
 
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # --help shows the text at the top of this file as it stands, and the default of each option
 Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 
@@ -388,18 +451,25 @@ def main(argv=None):
     add("--negatives", type=count, default=100, help="items drawn per user by uniform and popularity")
     add("--keep-seen", action="store_true", help="also rank items of the history (full ranking)")
     add("--inputs", help="histories for the models to read, with more items before them (related/asrep.py)")
-    add("--seed", type=number(int, 0), default=0, help="of drawn negatives and users, and of the bootstrap")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="of drawn negatives and users, and of the bootstrap",
+    )
     add("--users", type=count, help="evaluate only so many users, drawn at random")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
+    add("--compile", action="store_true", help="also time the models compiled; needs a C++ compiler")
     add("--json", action="store_true", help="print a list with an object per model instead of the table")
-    add(
-        "--recommend",
-        type=number(int, 0),
-        metavar="USER",
-        help="print what each model recommends to this user",
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--recommend", type=count, metavar="USER", help="print what each model recommends to this user")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     args = parser.parse_args(argv)
+    if (
+        args.ranks
+        and Path(args.ranks).exists()
+        and any(map(Path(args.ranks).samefile, [args.data, *args.models]))
+    ):
+        parser.error(f"--ranks {args.ranks} is an input")
     try:
         if args.recommend is not None:
             recommend(args)
@@ -407,6 +477,9 @@ def main(argv=None):
             print(json.dumps(evaluate(args), indent=2))
         else:
             print_table(evaluate(args), args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.ranks}: {error.strerror}")
 

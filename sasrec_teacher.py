@@ -3,18 +3,23 @@
 Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018, arXiv 1808.09781.
 The default loss is the full softmax of Klenitskiy and Vasilev, RecSys 2023, arXiv 2309.07602:
 
-    L = - mean over positions t of log softmax_i(F_t . M_i) at i = s_{t+1}
+    L_CE = - mean over real positions t of log softmax_i(F_t . M_i) at the next item i = s_{t+1}
+
+F_t is the output after position t, M_i the vector of item i. Different from the paper: histories are padded
+on the right, the embedding has a factor sqrt(d), and a last LayerNorm follows the blocks.
 
 Reads   interactions, `user item` a row (data/README.md).
 Writes  OUT, the model of the epoch with the best validation NDCG@10 (README.md, "The model file").
         OUT.log.jsonl, a line an epoch.
-Shapes  B users, T positions, N real positions, d features, V items, L blocks, k negatives. Item 0 is padding.
+Shapes  B users, T positions, N positions that have a next item, d features, V items, k negatives. Item 0 is
+        padding.
 
     python sasrec_teacher.py data/ml-100k.txt --out runs/teacher.pt2
 """
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +27,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections import namedtuple
@@ -33,6 +39,9 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
 
+# torchrun sets both: which process this is, and of how many
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 # ---- Model (SASRec, section III) -------------------------------------------------------------------------
 
 
@@ -40,7 +49,7 @@ class Block(nn.Module):
     """x <- x + Dropout(g(LayerNorm(x))): g is causal self-attention first, then the feed-forward network.
 
     With `scaled`: x <- x + epsilon Dropout(g(LayerNorm(x))). The scalar epsilon is learned and starts at 0.
-    So a deep stack starts as the identity, and training succeeds (published code of AdaRec's teacher).
+    A deep stack then starts as the identity, and training succeeds (published code of AdaRec's teacher).
     """
 
     def __init__(self, dim, num_heads, dropout, scaled):
@@ -50,10 +59,10 @@ class Block(nn.Module):
         self.query_key_value, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.W_1, self.W_2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None
+        self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None  # of attention, feed-forward
 
     def attention(self, x):
-        """softmax(Q K^T / sqrt(d / heads)) V. Position t sees the positions up to t only (section III-B)."""
+        """softmax(Q K^T / sqrt(d / heads)) V. Position t attends to positions up to t (section III-B)."""
         per_head = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, d/heads]
         q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d/heads]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -84,11 +93,11 @@ class SASRec(nn.Module):
         self.norm = nn.LayerNorm(dim)
         for weight in self.parameters():
             if weight.ndim == 2:
-                nn.init.normal_(weight, std=0.02)  # small, so each block starts close to the identity
+                nn.init.normal_(weight, std=0.02)
         self.M.weight.data[0] = 0
 
     def forward(self, users, items):
-        """users [B], items [B, T] -> hidden [L+1, B, T, d], output F [B, T, d], item_vectors M [V+1, d].
+        """users [B], items [B, T] -> hidden [blocks+1, B, T, d], output F [B, T, d], item_vectors M [V+1, d].
 
         The score of item i after position t is r_{t,i} = F_t . M_i. SASRec ignores `users`.
         """
@@ -100,16 +109,16 @@ class SASRec(nn.Module):
         return torch.stack(hidden), self.norm(hidden[-1]), self.M.weight
 
 
-# ---- Losses: means over the N real positions. output [N, d], target [N]: the next items ------------------
+# ---- Losses: means over N positions. output [N, d], item_vectors [V+1, d], target [N]: the next items -----
 
 
 def ce_loss(output, item_vectors, target):
     """L_CE = -log softmax_i(F_t . M_i) at the next item, over all V items (arXiv 2309.07602).
 
-    This is F.cross_entropy(output @ item_vectors[1:].T, target - 1) in slices of rows. The [N, V] scores
-    never exist at once.
+    Equals F.cross_entropy(output @ item_vectors[1:].T, target - 1). To save memory, the scores are computed
+    for a few rows at a time.
     """
-    rows = max(1, min(128, 2**23 // len(item_vectors)))  # a slice is at most 32 MiB
+    rows = max(1, min(128, 2**23 // len(item_vectors)))  # at most 32 MiB of scores
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
     return F.linear_cross_entropy(output, item_vectors[1:], target - 1, options=options)
 
@@ -119,42 +128,42 @@ def bce_loss(output, item_vectors, target, negatives):
 
     The SASRec paper has k = 1. arXiv 2309.07602 shows that more negatives are better.
     """
-    # one look-up for all items, because the gradient of a look-up is as large as the table
+    # one look-up for all: each look-up has a gradient as large as the table
     items = torch.cat([target[:, None], negatives], 1)
     r = (output[:, None] * F.embedding(items, item_vectors)).sum(-1)  # [N, 1 + k]
     return -(F.logsigmoid(r[:, 0]) + F.logsigmoid(-r[:, 1:]).sum(-1)).mean()
 
 
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
-    """Log-probabilities [N, 1 + k] of the target, in column 0, and of the `negatives` [k] of a batch.
+    """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
     A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
-    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target does not count.
+    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
     scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
-    scores = scores.masked_fill(target[:, None] == negatives, -1e9)  # not -inf: KL has 0 (-inf - -inf) = NaN
+    scores = scores.masked_fill(target[:, None] == negatives, -1e9)  # with -inf, a KL would be NaN
     return torch.cat([target_score, scores], 1).log_softmax(1)
 
 
 LOSSES = {
     "ce": ce_loss,
     "bce": bce_loss,
-    "sampled": lambda *scored: -sampled_log_softmax(*scored)[:, 0].mean(),  # L_CE over k items, for large V
+    "sampled": lambda *args: -sampled_log_softmax(*args)[:, 0].mean(),  # L_CE over k items, for large V
 }
 
 
 class SharedNegatives:
     """Draws negatives that a whole batch shares.
 
-    Q [V+1] is the probability of each item: half its share of the training items, half uniform.
+    Q [V+1] is the probability of each item: half its share of the training items, half uniform among the
+    items that occur.
     """
 
     def __init__(self, data, histories):
         items = np.concatenate([data.items[b:e] for b, e in zip(histories.begin, histories.end, strict=True)])
-        num_items = data.items.max()
-        self.Q = (np.bincount(items, minlength=num_items + 1) / len(items) + 1 / num_items) / 2
-        self.Q[0] = 0  # padding
+        self.Q = np.bincount(items, minlength=data.items.max() + 1) / len(items) / 2
+        self.Q[data.catalogue] += 1 / len(data.catalogue) / 2
 
     def draw(self, k, rng):
         """`k` items, with replacement, and the log of their expected counts: tensors [k]."""
@@ -168,21 +177,23 @@ class UnseenItems:
     def __init__(self, data):
         user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
         training = np.arange(len(data.items)) < data.train_end[user]
-        # a pair of user and item is one number, user * (V + 1) + item, so a look-up is a binary search
-        self.num_items = int(data.items.max())
-        self.seen = np.unique((user * (self.num_items + 1) + data.items)[training])
-        full = np.bincount(self.seen // (self.num_items + 1)) == self.num_items
-        if full.any():
-            sys.exit(f"user {data.user_ids[full.argmax()]} has seen every item; remove this user")
+        # the pair of a user and an item is one number, user * (V + 1) + item: a look-up is a binary search
+        self.catalogue, self.base = data.catalogue, int(data.items.max()) + 1
+        self.seen = np.unique((user * self.base + data.items)[training])
+        self.possible = np.bincount(self.seen // self.base, minlength=len(data.starts)) < len(self.catalogue)
+        if not self.possible.all():
+            print(
+                f"note: {(~self.possible).sum()} users have seen every item and are left out", file=sys.stderr
+            )
 
     def draw(self, users, rng):
         """An item for each entry of `users`, indices into data.user_ids: int64 of the same shape."""
-        drawn, wrong = rng.integers(1, self.num_items + 1, users.size), np.arange(users.size)
+        drawn, wrong = np.zeros(users.size, int), np.arange(users.size)
         while len(wrong):
-            pair = users.flat[wrong] * (self.num_items + 1) + drawn[wrong]
+            drawn[wrong] = self.catalogue[rng.integers(len(self.catalogue), size=len(wrong))]
+            pair = users.flat[wrong] * self.base + drawn[wrong]
             place = np.minimum(np.searchsorted(self.seen, pair), len(self.seen) - 1)
             wrong = wrong[self.seen[place] == pair]
-            drawn[wrong] = rng.integers(1, self.num_items + 1, len(wrong))
         return drawn.reshape(users.shape)
 
 
@@ -191,29 +202,31 @@ class UnseenItems:
 
 def set_up(args):
     """The data, the training histories, the validation users, the model, its program and its optimizer."""
+    join_processes(args.device)
     torch.manual_seed(args.seed)
     data = read_interactions(args.data)
     histories, validation_users = training_part(data, args.max_length, args.seed)
-    join_processes(args, len(histories.users), len(validation_users))
-    shape = args.max_length, args.dim, args.blocks, args.heads, args.dropout
-    model = SASRec(int(data.items.max()), *shape, scaled=args.blocks >= 4)
+    unseen = UnseenItems(data) if args.loss == "bce" else None
+    if unseen:
+        histories = Histories(*(column[unseen.possible[histories.users]] for column in histories))
+    num_items, scaled = int(data.items.max()), args.blocks >= 4
+    model = SASRec(num_items, args.max_length, args.dim, args.blocks, args.heads, args.dropout, scaled)
     program = export(model, args.max_length)
     model.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, betas=(0.9, 0.98), fused=True)
-    return data, histories, validation_users, model, program, optimizer
+    return data, histories, validation_users, unseen, model, program, optimizer
 
 
 def train(args):
     """Train with Adam, stop early, and write the best model and the log."""
-    data, histories, validation_users, model, program, optimizer = set_up(args)
+    data, histories, validation_users, unseen, model, program, optimizer = set_up(args)
     lengths = histories.end - histories.begin - 1  # targets of each history
     num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * num_batches)
     k = args.negatives or {"ce": 0, "bce": 1, "sampled": 2048}[args.loss]
-    unseen = UnseenItems(data) if args.loss == "bce" else None
-    shared = SharedNegatives(data, histories) if args.loss == "sampled" else None
+    sampler = SharedNegatives(data, histories) if args.loss == "sampled" else None
     config = {"items": int(data.items.max()), "max_length": args.max_length}
-    run = Run(args, data, [model, optimizer, schedule])
+    run = Run(args, data, [args.out], [model, optimizer, schedule])
     best = run.state.get("best")
     if args.epochs == 0:
         run.save_model(args.out, program, model, **config)
@@ -225,18 +238,18 @@ def train(args):
             local = batch[RANK::PROCESSES]  # the rows of this process
             ids, inputs, real, target = batch_of(data, histories, local, args.device)
             negatives = ()
-            if args.loss == "bce":  # drawn for the whole batch, so that processes do not change the numbers
+            if args.loss == "bce":  # drawn for the whole batch: the numbers do not depend on the processes
                 shape = len(batch), lengths[batch].max(), k
                 users = np.broadcast_to(histories.users[batch][:, None, None], shape)
                 drawn = torch.from_numpy(unseen.draw(users, rng)[RANK::PROCESSES, : inputs.shape[1]])
-                negatives = (drawn[real],)  # [N, k]
+                negatives = (drawn[real],)  # [B, T, k] -> [N, k]
             elif args.loss == "sampled":
-                negatives = shared.draw(k, rng)
+                negatives = sampler.draw(k, rng)
             _, output, item_vectors = model(ids, inputs)
             negatives = [x.to(args.device) for x in negatives]
             loss = LOSSES[args.loss](output[real], item_vectors, target, *negatives)
             optimizer.zero_grad()
-            # the loss is a mean over the batch: with this factor each position of the epoch counts alike
+            # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
             sum_over_processes([weight.grad for weight in model.parameters()])
             optimizer.step()
@@ -245,10 +258,11 @@ def train(args):
         sum_over_processes([total])
         loss = total.item() / num_positions
         if not math.isfinite(loss):
-            sys.exit(f"the loss is {loss} in epoch {epoch}; lower --learning-rate")
+            sys.exit(f"the loss is {loss} in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt")
         line = {"epoch": epoch, "loss": loss, "seconds": time.time() - start}
-        judged = data, validation_users, args.max_length, args.device
-        line["HR@10"], line["NDCG@10"] = validate(model.eval(), *judged)
+        model.eval()
+        hr, ndcg = validate(model, data, validation_users, args.max_length, args.device)
+        line |= {"HR@10": hr, "NDCG@10": ndcg}
         if best is None or line["NDCG@10"] > best["NDCG@10"]:
             best = {name: line[name] for name in ("epoch", "HR@10", "NDCG@10")}
             run.save_model(args.out, program, model, best, **config)
@@ -262,8 +276,8 @@ def train(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
-Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
 
@@ -279,7 +293,7 @@ def read_interactions(path):
             warnings.simplefilter("ignore")  # numpy warns of an empty file
             table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
+        if table.ndim != 2 or table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except OSError:
         raise
@@ -293,23 +307,29 @@ def read_interactions(path):
         sys.exit(f"{path}: the rows of a user must stand together, oldest first")
     sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
-    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
-    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
+    items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
+    if gaps := catalogue[-1] - len(catalogue):
+        note = (
+            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
+        )
+        sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
+    train_end = starts[1:] - 2 * evaluated
+    return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
-def training_part(data, max_length, seed, most=10_000):
+def training_part(data, max_length, seed, limit=10_000):
     """Histories to train on, and the users [W] to validate on, indices into user_ids.
 
-    A history is the last max_length + 1 training items of a user who has two or more. If there are more than
-    `most` users to validate on, `most` of them are drawn.
+    A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
+    are validated on, drawn at random.
     """
     users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     validation_users = np.flatnonzero(data.evaluated)
-    if len(users) == 0 or len(validation_users) == 0:
+    if len(users) == 0 or len(validation_users) < PROCESSES:
         sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
-    if len(validation_users) > most:
+    if len(validation_users) > limit:
         rng = np.random.default_rng(seed)
-        validation_users = np.sort(rng.choice(validation_users, most, replace=False))
+        validation_users = np.sort(rng.choice(validation_users, limit, replace=False))
     end = data.train_end[users]
     return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end), validation_users
 
@@ -330,10 +350,10 @@ def batch_of(data, histories, batch, device):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and the epoch's batches, arrays of indices.
+    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Histories of a batch have similar `lengths` [N], so there is little padding. To this end groups of 64
-    shuffled batches (at most a quarter of all, so that epochs differ) are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
+    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -342,77 +362,83 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     groups = [order[k : k + group] for k in range(0, len(order), group)]
     order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
     batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    if min(map(len, batches)) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get no rows of a batch")
     return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
 # ---- Several processes (torchrun): each takes its part of every batch, gradients are added up ------------
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
-def join_processes(args, num_histories, num_validation_users):
+def join_processes(device):
     """Join the processes that torchrun has started. Without torchrun, do nothing."""
     if "RANK" not in os.environ:
         return
     try:
-        if args.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"RANK is set, but the processes of torchrun do not meet: {error}".splitlines()[0])
-    smallest_batch = num_histories // math.ceil(num_histories / args.batch_size)
-    if min(smallest_batch, num_validation_users) < PROCESSES:
-        sys.exit(f"{PROCESSES} processes are too many: some would get nothing of a batch")
+        sys.exit(f"RANK is set, but the processes of torchrun cannot connect: {error}".splitlines()[0])
     if RANK:
         sys.stdout = io.StringIO()  # one process prints
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes. The tensors have one type. None stays None."""
+    """Replace each tensor by its sum over all processes. All have one dtype. None is skipped."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
         total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError:
+            sys.exit("another process of torchrun has ended")
         nn.utils.vector_to_parameters(total, tensors)
 
 
 # ---- Validation ------------------------------------------------------------------------------------------
 
 
-def rank_of_target(scores, target, seen):
-    """rho = 1 + #{better} + #{equal} / 2 of each row's target, among the items not in `seen`: float64 [B].
+def rank_of_target(scores, target, seen, catalogue):
+    """rho = 1 + #{better} + #{equal} / 2 of each target among `catalogue` without `seen`: float64 [B].
 
-    scores [B, V+1] are overwritten; target [B]; seen [B, H], 0 for padding. A tie counts half: this is the
-    expected rank under random tie-breaking.
+    scores [B, V+1]; target [B]; seen: an array of items for each row; catalogue: the items that occur. A tie
+    counts half: this is the expected rank under random tie-breaking.
     """
-    target_score = scores.gather(1, target[:, None])  # [B, 1]
-    if not target_score.isfinite().all():  # nothing would rank above a NaN
+    target_score = scores.gather(1, torch.from_numpy(target)[:, None].to(scores.device))  # [B, 1]
+    if scores.sum().isnan() or not target_score.isfinite().all():  # a NaN compares false with everything
         sys.exit("the scores of the model are not finite; train it again with a lower --learning-rate")
-    scores.scatter_(1, seen, -math.inf)[:, 0] = -math.inf
-    scores.scatter_(1, target[:, None], target_score)
-    better = (scores > target_score).sum(1, dtype=torch.int32)
-    equal = (scores == target_score).sum(1, dtype=torch.int32)  # the target itself is one of them
-    return 1 + better.double() + (equal.double() - 1) / 2
+    ranked = np.zeros(scores.shape, bool)
+    ranked[:, catalogue] = True
+    for row, items, item in zip(ranked, seen, target, strict=True):
+        row[items], row[item] = False, True
+    ranked = torch.from_numpy(ranked).to(scores.device)
+    better = (ranked & (scores > target_score)).sum(1)
+    equal = (ranked & (scores == target_score)).sum(1) - 1  # beside the target itself
+    return 1 + better.double() + equal.double() / 2
 
 
 def last_output(output, items):
     """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
-    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+    return output[torch.arange(items.shape[0], device=items.device), (items > 0).sum(1) - 1]
 
 
 @torch.no_grad()
-def validate(model, data, users, max_length, device):
-    """HR@10 and NDCG@10 of the validation items of `users` [W], ranked among all items they have not seen."""
+def validate(model, data, users, window, device):
+    """HR@10 and NDCG@10 of the validation items of `users` [W], ranked among all items they have not seen.
+
+    The model reads the last `window` items of each history.
+    """
     users, ranks = users[RANK::PROCESSES], []
     begin, end = data.starts[users], data.train_end[users]
-    # slices of at most 256 users and 16 MiB of scores
-    num_slices = math.ceil(max(len(users) * min(1, data.items.max() / 2**22), len(users) / 256))
-    for part in np.array_split(np.argsort(end - begin), num_slices):
+    rows = max(1, min(256, 2**22 // data.items.max()))  # users a slice: at most 16 MiB of scores
+    for part in np.array_split(np.argsort(end - begin), math.ceil(len(users) / rows)):
         b, e = begin[part], end[part]
-        window = pad_batch(data.items, np.maximum(b, e - max_length), e).to(device)
-        _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), window)
-        target, seen = torch.from_numpy(data.items[e]).to(device), pad_batch(data.items, b, e).to(device)
-        ranks.append(rank_of_target(last_output(output, window) @ item_vectors.T, target, seen).cpu())
+        items = pad_batch(data.items, np.maximum(b, e - window), e).to(device)
+        _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), items)
+        scores, seen = last_output(output, items) @ item_vectors.T, map(slice, b, e)
+        seen = [data.items[history] for history in seen]
+        ranks.append(rank_of_target(scores, data.items[e], seen, data.catalogue).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
@@ -427,6 +453,7 @@ def write(path, content):
     """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
     if RANK:  # one process writes
         return
+    path = Path(path).resolve()  # the target of a link
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -451,31 +478,50 @@ class Run:
     checkpoint holds: tensors and plain values, by name.
     """
 
-    def __init__(self, args, data, parts=()):
+    def __init__(self, args, data, models, parts=()):
         self.out, self.parts, self.log, self.state = args.out, parts, [], {}
+        checkpoint = Path(f"{args.out}.ckpt")
+        inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
+        for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
+            if path.exists() and (
+                not path.is_file() or any(path.samefile(other) for other in inputs if other)
+            ):
+                sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+        lock = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
+        lock = os.open(Path(tempfile.gettempdir(), f"{lock}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+        except OSError:
+            sys.exit(f"{args.out}: another run is writing it")
         paths = ("data", "out", "teacher", "student", "architecture", "resume")
         settings = {name: value for name, value in vars(args).items() if name not in paths}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
         self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
         self.made_by["data_sha256"] = data.sha256
-        # a resumed run must have all this in common with the run that was stopped
+        # a resumed run must have the same values as the run that was stopped
         files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
         sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
         self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
-        path = Path(f"{args.out}.ckpt")
-        if path.exists() and not args.resume:
-            sys.exit(f"{path}: a run stopped here; give --resume, or remove the file")
+        if checkpoint.exists() and not args.resume:
+            sys.exit(f"{checkpoint}: a run stopped here; give --resume, or remove the file")
         if args.resume:
-            content = io.BytesIO(path.read_bytes())
+            content = io.BytesIO(checkpoint.read_bytes())
             try:
-                common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns of some damaged files
+                    common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
-                sys.exit(f"{path} cannot be resumed: it is not a checkpoint")
-            if changed := [name for name in self.common if common.get(name) != self.common[name]]:
-                sys.exit(f"{path} cannot be resumed: it is of a run with another {', '.join(changed)}")
+                sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
+            names = common.keys() | self.common.keys()
+            if changed := sorted(name for name in names if common.get(name) != self.common.get(name)):
+                sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            if self.state.get("best") and not all(Path(model).exists() for model in models):
+                sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
-        print(f"{len(data.user_ids):,} users, {data.items.max():,} items, {len(data.items):,} interactions")
+        print(
+            f"{len(data.user_ids):,} users, {len(data.catalogue):,} items, {len(data.items):,} interactions"
+        )
 
     def save_model(self, path, program, module, validation=None, **config):
         """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
@@ -489,10 +535,10 @@ class Run:
         """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
-        seconds = np.mean([line["seconds"] for line in self.log]) * epochs_left
+        seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
         left = f"at least {seconds / 60:.1f} min left"
         print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
-        write(f"{self.out}.log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        write(f"{self.out}.log.jsonl", "".join(json.dumps(logged) + "\n" for logged in self.log).encode())
         if epochs_left:
             buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
             torch.save((self.common, states, self.log, state), buffer)
@@ -503,15 +549,16 @@ class Run:
 
 # ---- The command line ------------------------------------------------------------------------------------
 
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # --help shows the text at the top of this file as it stands, and the default of each option
 Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 
@@ -526,23 +573,35 @@ def main(argv=None):
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
     add("--out", required=True, help="model file to write, such as runs/teacher.pt2")
     add("--dim", type=count, default=64, help="d: size of hidden states and item vectors")
-    add("--blocks", type=count, default=2, help="L; from 4 blocks on, residuals have an epsilon")
+    add("--blocks", type=count, default=2, help="blocks; from 4 on, each branch has a learned scale, epsilon")
     add("--heads", type=count, default=1, help="attention heads; must divide --dim")
-    add("--max-length", type=count, default=50, help="most recent items that the model sees")
-    add("--dropout", type=number(float, 0, 1), default=0.2, help="probability that training drops a unit")
-    add("--loss", choices=LOSSES, default="ce", help="ce: all items; bce: SASRec's; sampled: k items for all")
-    add("--negatives", type=number(int, 0), help="k; if not given, 1 with bce and 2048 with sampled")
-    add("--learning-rate", type=number(float, 0), default=1e-3, help="of Adam; its beta_2 is 0.98")
-    add("--final-rate", type=number(float, 0, 1), default=1.0, help="last rate / first rate; falls linearly")
-    add("--batch-size", type=count, default=128, help="users a step")
+    add("--max-length", type=number(int, 2), default=50, help="most recent items that the model sees")
+    add("--dropout", type=number(float, 0, 0.99), default=0.2, help="probability that training drops a unit")
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="ce",
+        help="ce: softmax over all items; bce: the paper's; sampled: softmax over k",
+    )
+    add("--negatives", type=number(int, 0), help="k per position (bce, else 1) or batch (sampled, else 2048)")
+    add("--learning-rate", type=number(float, 0), default=1e-3, help="of Adam (beta_2 is 0.98)")
+    add(
+        "--final-rate",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="last learning rate / first one; falls linearly",
+    )
+    add("--batch-size", type=count, default=128, help="users per batch")
     add("--epochs", type=number(int, 0), default=200, help="at most; 0 writes an untrained model")
     add("--patience", type=count, default=10, help="stop after so many epochs without a better NDCG@10")
     add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
-    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, data and machine: same file")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     args = parser.parse_args(argv)
     if args.dim % args.heads:
         parser.error("--heads must divide --dim")
+    if args.negatives is not None and (args.loss == "ce" or args.negatives < 1):
+        parser.error("--negatives is for --loss bce and sampled, from 1")
     try:
         train(args)
     except OSError as error:  # a file that cannot be read or written

@@ -368,11 +368,11 @@ def convert(args):
 # ---- The command line ------------------------------------------------------------------------------------
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 

@@ -71,7 +71,7 @@ def prior_items(model, ids, histories, k, max_length, device):
         window = pad_batch(table.ravel(), np.maximum(first, end - max_length), end).to(device)
         _, output, item_vectors = model(torch.from_numpy(ids).to(device), window)
         scores = last_output(output, window) @ item_vectors.T  # [B, V+1]
-        scores.scatter_(1, torch.from_numpy(table).to(device), -math.inf)  # a row with room has a 0, padding
+        scores.scatter_(1, torch.from_numpy(table).to(device), -math.inf)[:, 0] = -math.inf
         table.ravel()[end] = scores.argmax(1).cpu().numpy()
     return np.take_along_axis(table, lengths[:, None] + np.arange(k), 1)
 
@@ -127,8 +127,8 @@ def augment(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
-Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 
 
 def read_interactions(path):
@@ -142,7 +142,7 @@ def read_interactions(path):
             warnings.simplefilter("ignore")  # numpy warns of an empty file
             table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
+        if table.ndim != 2 or table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except OSError:
         raise
@@ -156,8 +156,14 @@ def read_interactions(path):
         sys.exit(f"{path}: the rows of a user must stand together, oldest first")
     sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
-    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
-    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
+    items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
+    if gaps := catalogue[-1] - len(catalogue):
+        note = (
+            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
+        )
+        sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
+    train_end = starts[1:] - 2 * evaluated
+    return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
 def pad_batch(items, begin, end):
@@ -169,11 +175,12 @@ def pad_batch(items, begin, end):
 
 def last_output(output, items):
     """The output [B, e] after the last item of each history; output [B, T, e], items [B, T]."""
-    return output[torch.arange(len(items), device=items.device), (items > 0).sum(1) - 1]
+    return output[torch.arange(items.shape[0], device=items.device), (items > 0).sum(1) - 1]
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
 
+# torchrun sets both: which process this is, and of how many
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -181,6 +188,7 @@ def write(path, content):
     """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
     if RANK:  # one process writes
         return
+    path = Path(path).resolve()  # the target of a link
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -208,8 +216,9 @@ def with_dropout(module, on):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states. Ends if the model is for other items
-    or users than `data`, or was trained on other data, unless `any_data`.
+    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
+    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
+    other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -220,17 +229,24 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
+        if config["items"] < num_items or config["max_length"] < 1:
+            raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
-        shapes = config["items"], *vectors.shape, *hidden.shape[1:3]
-        if shapes != (num_items, num_items + 1, output.shape[2], 1, 1) or config["max_length"] < 1:
-            raise ValueError(f"it is for {config['items']} items, the data have {num_items}")
+        shapes = *vectors.shape, *hidden.shape[1:3]
+        if shapes != (config["items"] + 1, output.shape[2], 1, 1):
+            raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
+        items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
+        whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))
+        if not torch.allclose(whole, cut, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"its output depends on more than the last {window} items, which `sees` says")
         module = move_to_device_pass(program, device).module()
     except Exception as error:  # whatever unpickling meets in another file
         sys.exit(f"{path} is no model file for these data; {type(error).__name__}: {error}".splitlines()[0])
-    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3]}
+    return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3], "window": window}
 
 
 # ---- The command line ------------------------------------------------------------------------------------
@@ -239,11 +255,11 @@ def load_model(path, data, device, any_data=False):
 Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 

@@ -66,7 +66,7 @@ class Block(nn.Module):
     """x <- x + Dropout(g(LayerNorm(x))): g is causal self-attention first, then the feed-forward network.
 
     With `scaled`: x <- x + epsilon Dropout(g(LayerNorm(x))). The scalar epsilon is learned and starts at 0.
-    So a deep stack starts as the identity, and training succeeds (published code of AdaRec's teacher).
+    A deep stack then starts as the identity, and training succeeds (published code of AdaRec's teacher).
     """
 
     def __init__(self, dim, num_heads, dropout, scaled):
@@ -76,10 +76,10 @@ class Block(nn.Module):
         self.query_key_value, self.projection = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.W_1, self.W_2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None
+        self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None  # of attention, feed-forward
 
     def attention(self, x):
-        """softmax(Q K^T / sqrt(d / heads)) V. Position t sees the positions up to t only (section III-B)."""
+        """softmax(Q K^T / sqrt(d / heads)) V. Position t attends to positions up to t (section III-B)."""
         per_head = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, d/heads]
         q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d/heads]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -151,8 +151,8 @@ def write_untrained(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `sha256` is the checksum of the table.
-Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated")
+# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 
 
 def read_interactions(path):
@@ -166,7 +166,7 @@ def read_interactions(path):
             warnings.simplefilter("ignore")  # numpy warns of an empty file
             table = np.loadtxt(file, int, comments=None, ndmin=2) if is_text else np.load(path, mmap_mode="r")
         users, items = table.T
-        if table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
+        if table.ndim != 2 or table.dtype.kind not in "iu" or not 0 < table.min() <= table.max() < 10**8:
             raise ValueError
     except OSError:
         raise
@@ -180,10 +180,17 @@ def read_interactions(path):
         sys.exit(f"{path}: the rows of a user must stand together, oldest first")
     sha256 = hashlib.sha256(np.ascontiguousarray(table, "<i8")).hexdigest()
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
-    items, evaluated = items.astype(int, copy=is_text), np.diff(starts) >= 3
-    return Interactions(path, sha256, user_ids, starts, items, starts[1:] - 2 * evaluated, evaluated)
+    items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
+    if gaps := catalogue[-1] - len(catalogue):
+        note = (
+            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
+        )
+        sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
+    train_end = starts[1:] - 2 * evaluated
+    return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
+# torchrun sets both: which process this is, and of how many
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -191,6 +198,7 @@ def write(path, content):
     """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
     if RANK:  # one process writes
         return
+    path = Path(path).resolve()  # the target of a link
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -214,11 +222,11 @@ def export(model, max_length):
 Help = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e30):
     """The `type` of an option: a number of `kind`, int or float, from `low` to `high`."""
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nor is NaN
+        if not low <= kind(text) <= high:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return kind(text)
 

@@ -56,7 +56,8 @@ def trained(write_model):
     def model_file(base, dim, max_length):
         name = f"{base.replace('softmax', 'sequence')}-{dim}-{max_length}.pt2"
         if name not in MODEL_FILES:
-            MODEL_FILES[name] = write_model(random_model(base, dim), 25, max_length, name)
+            made_by = {"settings": {"base": base}}  # as this script writes it
+            MODEL_FILES[name] = write_model(random_model(base, dim), 25, max_length, name, **made_by)
         return MODEL_FILES[name]
 
     def options(base, teacher=6, student=3):
@@ -116,6 +117,8 @@ def test_ranks_and_sampling_weights_by_hand():
 
 
 def test_ranks_equal_a_slow_implementation():
+    observed = np.array([[True, False, False]])  # an observed item has the score of the others
+    assert bd.rank_items(np.ones((1, 3), np.float32), observed).tolist() == [[0, 1, 2]]
     rng = np.random.default_rng(0)
     for _ in range(50):
         scores = (rng.normal(size=(3, 30)).round(1) * 10.0 ** rng.integers(-3, 9)).astype(np.float32)
@@ -144,7 +147,8 @@ def renewal(models, num_epochs, num_parts=1, epoch=1, data="data.txt", **changed
     data, args = bd.read_interactions(data), settings(**changed)
     histories, _ = bd.training_part(data, LONGEST - 1, seed=0)
     parts = zip(*(np.array_split(column, num_parts) for column in histories), strict=True)
-    return [bd.renew(models, data, bd.Histories(*part), args, epoch, num_epochs) for part in parts]
+    windows = [LONGEST] * 2
+    return [bd.renew(models, windows, data, bd.Histories(*part), args, epoch, num_epochs) for part in parts]
 
 
 @pytest.mark.parametrize("base", bd.BASES)
@@ -295,8 +299,10 @@ def test_training_is_the_formulas_in_float64(base, negatives, trained, monkeypat
             optimizer = torch.optim.Adam(groups, 0.02)
         sums = np.zeros(4)
         for batch in batches:
-            losses, batch_negatives = torch.zeros(4).double(), torch.from_numpy(unseen.pop(0))
-            assert not torch.equal(*batch_negatives)  # teacher and student have different ones
+            losses, batch_negatives = torch.zeros(4).double(), torch.zeros(2, len(batch), LONGEST, 2).long()
+            if base != "softmax":
+                batch_negatives = torch.from_numpy(unseen.pop(0))
+                assert not torch.equal(*batch_negatives)  # teacher and student have different ones
             masks = [F.dropout(torch.ones(j.shape[:2]), 0.5).double() for j in batch_negatives]
             sides = list(zip(models, weights, masks, strict=True))
             for row, (user, begin, window) in enumerate(rows[n] for n in batch):
@@ -304,7 +310,7 @@ def test_training_is_the_formulas_in_float64(base, negatives, trained, monkeypat
                 z = [scores_of(base, model, w, user, history, mask[row, first]) for model, w, mask in sides]
                 for side, (scores, z_A) in enumerate(z):
                     j = batch_negatives[side][row, : len(window)]
-                    pairs |= {(user, item) for item in j.flatten().tolist()}
+                    pairs |= {(user, item) for item in batch_negatives[side][row].flatten().tolist()}
                     if epoch >= 3:
                         drawn = drawn_of_epochs[side, epoch - 3, 2 * begin : 2 * (begin + len(window))]
                         label, p = (z[1 - side][1][drawn] / 3).sigmoid().detach(), z_A[drawn].sigmoid()
@@ -328,7 +334,7 @@ def test_training_is_the_formulas_in_float64(base, negatives, trained, monkeypat
             np.testing.assert_allclose(weight, w[name].tolist(), atol=1e-4, rtol=1e-4)
     assert not unseen and not any(item in TRAINING[user] for user, item in pairs)
     # validation and test items are negatives too, or no loss would lower their scores (the published code)
-    assert sum(item in HISTORIES[user][-2:] for user, item in pairs) > 20
+    assert base == "softmax" or sum(item in HISTORIES[user][-2:] for user, item in pairs) > 20
 
 
 SMALL = ["--dims", 6, 2, "--warm-up", 2, "--epochs", 3, "--period", 2]
@@ -362,7 +368,8 @@ class Constant(torch.nn.Module):
 OF_CONSTANT = {"learning_rate": 0.1, "temperature": 3.0, "epsilon_exp": 0.03, "epsilon_tanh": 0.04}
 OF_CONSTANT |= {"batch_size": 9, "warm_up_weight_decay": [0.0, 0.1], "samples": 3, "warm_up": 2, "epochs": 4}
 # its loss moves each weight towards 1
-CONSTANT = bd.Base(Constant, lambda output, item_vectors, *_: ((item_vectors - 1) ** 2).sum(), OF_CONSTANT)
+MOVE = lambda output, item_vectors, *_: ((item_vectors - 1) ** 2).sum()  # noqa: E731
+CONSTANT = bd.Base(Constant, MOVE, bd.Defaults(**OF_CONSTANT))
 
 
 @pytest.mark.parametrize("base", ["bpr", "cdae", "constant"])
@@ -378,7 +385,9 @@ def test_new_models_are_trained_and_trained_on(base, monkeypatch, capsys):
     assert [line["epoch"] for line in log] == [0, 1] and "L_CF(T)" not in log[0]  # epoch 0 validates
     table = {"bpr": "q.weight", "cdae": "W.weight", "constant": "item_vectors"}[base]
     for role, dim, config in zip(ROLES, (6, 2), configs, strict=True):
-        assert (bd.BASES[base].defaults | {"warm_up": 2, "epochs": 3}).items() <= config["settings"].items()
+        assert (bd.BASES[base].defaults._asdict() | {"warm_up": 2, "epochs": 3}).items() <= config[
+            "settings"
+        ].items()
         assert log[0][f"{role}_NDCG@10"] == pytest.approx(config["validation"]["NDCG@10"])
         before, after = weights_of(f"new/0-{role}.pt2"), weights_of(f"again-{role}.pt2")
         assert np.shape(before[table]) == (26, dim) and (base != "constant" or np.min(before[table]) > 0.1)
@@ -388,11 +397,10 @@ def test_new_models_are_trained_and_trained_on(base, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", OF_CONSTANT)
-def test_a_base_that_lacks_a_default_fails(name, monkeypatch):
+def test_a_base_that_lacks_a_default_fails(name):
     lacking = {other: value for other, value in OF_CONSTANT.items() if other != name}
-    monkeypatch.setitem(bd.BASES, "constant", CONSTANT._replace(defaults=lacking))
-    with pytest.raises((SystemExit, TypeError, IndexError)):
-        run("bd", "--base=constant")
+    with pytest.raises(TypeError, match=name):
+        bd.Defaults(**lacking)
 
 
 def test_a_gru_learns_as_the_student_of_a_sasrec(trained, write_gru, capsys):
@@ -409,7 +417,7 @@ def test_a_gru_learns_as_the_student_of_a_sasrec(trained, write_gru, capsys):
 @pytest.mark.parametrize("base", bd.BASES)
 def test_a_model_that_is_not_taught_is_bit_for_bit_the_model_alone(base, trained, monkeypatch):
     validate_as(monkeypatch, itertools.count(1.0))  # so that the last epoch is saved
-    variants = {"none": ["--direction=none", "--negatives=drawn"], "both": []}
+    variants = {"none": ["--direction=none"], "both": []}
     variants |= {"to student": ["--lambda-teacher=0"], "to teacher": ["--lambda-student=0"]}
     if base not in SEQUENCES:  # of these, the dropout of one model shifts the dropout of the other
         variants["smaller"] = ["--direction=none", *trained(base, 6, 4)]
@@ -490,14 +498,12 @@ def test_bad_input_ends_with_one_line(write_data, trained, write_gru, tmp_path, 
         assert isinstance(end.value.code, str) and "\n" not in end.value.code
 
     new, files = ["--base=bpr", *SMALL], trained("sequence")
-    full = write_data({1: [1, 2, 3, 1, 2], 2: [1, 2, 3]}, "full.txt")
-    fails("user 1 has seen every item", *new, data=full)
     fails("no user has 3 interactions", *new, data=write_data({1: [1], 2: [3]}, "short.txt"))
     fails("none.txt", *new, data="none.txt")
-    fails("the loss is NaN or infinite", *new, "--learning-rate", "1e38", out="lost")
+    fails("the loss is not finite", *new, "--learning-rate", "1e25", out="lost")
     for role in ROLES:
         fails("trained on other data", *files, f"--{role}", write_gru(items=25, data_sha256="0"))
-    fails("is for 26 items, the data have 25", *files, "--student", write_gru(items=26))
+    fails("is for 24 items, the data have ids up to 25", *files, "--student", write_gru(items=24))
     fails("is no model file", *files, "--student", "data.txt")
     fails("none.pt2", *files, "--teacher", "none.pt2")
     for options in ([], ["--base=softmax"], ["--teacher=t"], ["--student=s"], ["--base=bpr", "--teacher=t"]):

@@ -16,6 +16,7 @@ LOADING = SEARCH | DISTILL | BIDIRECTIONAL | EVALUATE | ASREP | STUDENTS
 HELD = {  # names, and all scripts that hold them
     "number": SCRIPTS.keys(),
     "Interactions read_interactions Help": SCRIPTS.keys() - PREPARE,
+    "DEVICES": TRAINING | EVALUATE,
     "pad_batch": TEACHER | LOADING,
     "load_model with_dropout": LOADING,
     "Run training_part epoch_batches join_processes sum_over_processes": TRAINING,

@@ -58,12 +58,14 @@ def test_rank_by_hand():
     cases += [((9, 5, 5, 3, 2), *case) for case in ((2, [], 1.5), (2, [1], 1))]
     cases += [((0, 1, 1, 1, 1), *case) for case in ((3, [], 2.5), (3, [4, 4, 0], 2))]
     for scores, target, seen, rank in cases:
-        arguments = torch.tensor([scores]).float(), torch.tensor([target]), torch.tensor([[*seen, 0]])
-        assert evaluate.rank_of_target(*arguments).item() == rank
-    for value in (math.nan, math.inf, -math.inf):
+        arguments = torch.tensor([scores]).float(), np.array([target]), [np.array(seen, int)]
+        assert evaluate.rank_of_target(*arguments, np.arange(1, 5)).item() == rank
+    rank = evaluate.rank_of_target(torch.tensor([[9.0, 1, 5, 4]]), np.array([1]), [[]], np.array([1, 3]))
+    assert rank.item() == 2  # item 2 never occurs
+    for target, value in ((2, math.nan), (2, math.inf), (2, -math.inf), (1, math.nan)):
         with pytest.raises(SystemExit, match="not finite"):
             scores = torch.tensor([[0.0, 1, 2], [0, 1, value]])
-            evaluate.rank_of_target(scores, torch.tensor([2, 2]), torch.tensor([[0], [0]]))
+            evaluate.rank_of_target(scores, np.array([target, target]), [[], []], np.array([1, 2]))
 
 
 def test_metrics_by_hand():
@@ -98,9 +100,9 @@ def test_ranks_and_metrics_equal_a_slow_implementation_in_1000_cases():
     for _ in range(1000):
         num_items, k = rng.integers(2, 40), int(rng.integers(1, 12))
         scores = rng.integers(0, rng.integers(1, 50), num_items + 1).astype(np.float32)  # with many ties
-        seen = rng.integers(0, num_items + 1, rng.integers(1, 20))
+        seen = rng.integers(1, num_items + 1, rng.integers(0, 20))
         target = int(rng.integers(1, num_items + 1))
-        arguments = torch.tensor(scores)[None], torch.tensor([target]), torch.tensor(seen)[None]
+        arguments = torch.tensor(scores)[None], np.array([target]), [seen], np.arange(1, num_items + 1)
         rank, expected = evaluate.rank_of_target(*arguments).numpy(), slow_rank(scores, target, seen)
         assert rank == expected
         for name, value in slow_metrics(expected, k).items():
@@ -136,13 +138,13 @@ def test_all_figures_of_accuracy_equal_a_slow_implementation(write_data, write_m
 
 
 def test_candidates_are_unseen_different_and_follow_their_weights():
-    taken = torch.tensor([[1, 2, 0]]).expand(4000, -1)
-    drawn = evaluate.draw_candidates(torch.ones(11), taken, 3, torch.Generator().manual_seed(0))
+    weight, seen, target = torch.tensor([0.0, *[1] * 10]), [np.array([1])] * 4000, [2] * 4000
+    drawn = evaluate.draw_candidates(weight, seen, target, 3, torch.Generator().manual_seed(0))
     assert (drawn >= 3).all() and all(len({*row}) == 3 for row in drawn.tolist())
     for column in drawn.T:
         assert stats.chisquare(np.bincount(column, minlength=11)[3:]).pvalue > 1e-3
-    weight, taken = torch.tensor([7.0, 1, 2, 3, 0, 4, 5]), torch.tensor([[3]]).expand(20000, -1)
-    drawn = evaluate.draw_candidates(weight, taken, 1, torch.Generator().manual_seed(0))[:, 0]
+    weight, target = torch.tensor([0.0, 1, 2, 3, 0, 4, 5]), [3] * 20000
+    drawn = evaluate.draw_candidates(weight, [[]] * 20000, target, 1, torch.Generator().manual_seed(0))[:, 0]
     counts = np.bincount(drawn, minlength=7)
     assert counts[[0, 3, 4]].sum() == 0
     assert stats.chisquare(counts[[1, 2, 5, 6]], np.array([1, 2, 4, 5]) / 12 * 20000).pvalue > 1e-3
@@ -209,15 +211,17 @@ def test_table_shows_size_speed_and_a_new_metric(write_data, write_model, capsys
         macs = 2 * (length * 6 * d * d + 2 * length**2 * d)  # linear maps; Q K^T and its use
         assert (result["macs"], result["macs_item_scores"]) == (macs, 50 * d)
         assert (result["ms_per_user"], result["ms_per_1000_users"]) == (length, length * 125)
-        assert result["speed_up"] == 10 / length  # against the first model
+        for name in ("ms_per_user", "ms_per_1000_users"):
+            assert result[f"{name}_speed_up"] == 10 / length  # against the first model
     evaluate.main([str(data), *map(str, paths), "--split", "valid"])
     first, *lines = capsys.readouterr().out.splitlines()
     assert f"{data}: valid items of 41 users, ranked" in first and len({*map(len, lines)}) == 1
     names = [f"{name}@{k}" for name in ("HR", "NDCG", "MRR", "MR") for k in (5, 10, 20)]
-    sizes = ("parameters", "parameters_without_embeddings", "macs", "macs_item_scores")
+    sizes = ("parameters", "parameters_without_embeddings", "window", "macs", "macs_item_scores")
     forms = dict.fromkeys(names, "{:.4f}") | {"NDCG@10_interval": "{0[0]:.4f}-{0[1]:.4f}"}
     forms |= {"p_value": "{:.2g}"} | dict.fromkeys(sizes, "{:,}")
-    forms |= {"ms_per_user": "{:.3f}", "ms_per_1000_users": "{:.1f}", "speed_up": "{:.2f}x"}
+    for name, form in {"ms_per_user": "{:.3f}", "ms_per_1000_users": "{:.1f}"}.items():
+        forms |= {name: form, f"{name}_speed_up": "{:.2f}x"}
     rows = [[form.format(result[name]) for result in results] for name, form in forms.items()]
     assert [line[29:].split() for line in lines] == [["16", "8", "4"], *rows]
     assert [line[:29].strip() for line in lines[1:13]] == names
@@ -230,7 +234,7 @@ def test_milliseconds_are_the_median_of_batches_after_the_first(monkeypatch):
     def model(users, items):
         now[0] += next(durations)
         batches.append((users.tolist(), items.tolist()))
-        return None, torch.zeros(*items.shape, 1), torch.ones(6, 1)
+        return torch.zeros(len(users), 6)
 
     data = SimpleNamespace(user_ids=np.arange(11, 19), starts=np.arange(0, 41, 5), items=np.arange(1, 41))
     assert [evaluate.milliseconds(model, data, 3, "cpu", 2, 3) for _ in range(2)] == [3000, 3000]
@@ -262,7 +266,7 @@ def test_recommend_prints_history_and_best_unseen_items_with_titles(write_data, 
 @pytest.fixture
 def data(write_data):
     """Data of 3 users and 9 items."""
-    return write_data({1: [3, 4, 1], 2: [5, 1, 3], 9: [1, 2, 9]})
+    return write_data({1: [6, 3, 4, 1], 2: [7, 5, 1, 3], 9: [8, 1, 2, 9]})
 
 
 def test_bad_data_and_model_files_end_with_one_line(data, write_data, write_model, tmp_path, capfd):
@@ -270,7 +274,7 @@ def test_bad_data_and_model_files_end_with_one_line(data, write_data, write_mode
     (tmp_path / "bad.txt").write_text("1 2\n1 x\n")
     fails(capfd, "bad.txt, line 2", tmp_path / "bad.txt", good)
     fails(capfd, "none.txt: No such file", tmp_path / "none.txt", good)
-    fails(capfd, "no user has 3 interactions", write_data({1: [9], 2: [1, 2]}, "short.txt"), good)
+    fails(capfd, "no user has 3 interactions", write_data({u: [u] for u in range(1, 10)}, "short.txt"), good)
     for option in ("--at=0", "--negatives=0"):
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([str(data), str(good), option])
@@ -293,7 +297,7 @@ def test_bad_data_and_model_files_end_with_one_line(data, write_data, write_mode
 
 
 def test_a_model_that_does_not_fit_ends_with_one_line(data, write_model, capfd):
-    models = [(in_order(9, 8), {}), (in_order(8, 9), {})]  # too few users, or items
+    models = [(in_order(9, 8), {}), (in_order(8, 9), {"items": 8})]  # too few users, or items
     for place, change in enumerate((lambda h: h[0], lambda o: o[..., 1:], lambda v: v[1:])):
         models.append((in_order(9, 9), {}))
         hook = lambda model, _, out, n=place, change=change: (*out[:n], change(out[n]), *out[n + 1 :])  # noqa: E731

@@ -70,7 +70,7 @@ def test_model_files(write_data, write_gru, capfd):
         for value, other in zip(loaded[0](*inputs), expected, strict=True) if loaded else []:
             assert torch.equal(value, other)
 
-    path, data = write_gru(), evaluate.read_interactions(write_data({9: [3, 12]}))
+    path, data = write_gru(), evaluate.read_interactions(write_data({9: range(1, 13)}))
     inputs, read = (torch.ones(3, dtype=int), torch.arange(1, 13).view(3, 4)), evaluate.load_model
     expected = read(path, data, "cpu")[0](*inputs)
     assert share_refused(path, lambda path: read(path, data, "cpu"), check, 25, seed=2) > 0.8

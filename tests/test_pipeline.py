@@ -40,5 +40,5 @@ def test_all_four_stages_end_in_one_table(tmp_path, monkeypatch, capsys):
     accuracy = dict(zip(names, map(float, rows["NDCG@10"]), strict=True))
     assert 0.9 * best <= accuracy["T"] <= 1.05 * best  # a model can be little better than the best possible
     assert 0.8 * best <= accuracy["student"] <= 1.05 * best
-    macs = [int(count.replace(",", "")) for count in rows["multiply-adds, one history"]]
+    macs = [int(count.replace(",", "")) for count in rows["multiply-adds, one request"]]
     assert macs[names.index("student")] < macs[names.index("T")]

@@ -1,0 +1,84 @@
+"""A student depends on its last few items: `sees` in its file. It is served on these, and compiled."""
+
+import re
+import shutil
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_data, save_model
+
+import adarec_search as search
+import evaluate
+
+ROOT = Path(__file__).parent.parent
+HAS_COMPILER = any(map(shutil.which, ("g++", "clang++")))
+HISTORIES = {u: [(7 * u + t) % 30 + 1 for t in range(5 + u % 40)] for u in range(1, 61)}
+
+
+@pytest.mark.parametrize("name", [name for name in search.OPERATIONS if name not in ("none", "mean")])
+@pytest.mark.parametrize("num_cells, num_nodes", product((1, 2, 4), (1, 3)))
+def test_the_last_items_give_the_output_of_all(name, num_cells, num_nodes):
+    torch.manual_seed(0)
+    edges = [[name] * j for j in range(1, num_nodes + 1)]
+    model = search.Student(30, 8, [search.Cell(8, edges) for _ in range(num_cells)], 0.2).eval()
+    sees = search.receptive_field(edges, num_cells)
+    for length in (1, sees, sees + 1, sees + 30):
+        items = torch.randint(1, 31, (16, length))
+        whole, cut = (model(None, x)[1][:, -1] for x in (items, items[:, -sees:]))
+        torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("edges, sees", [([["conv3"]], 5), ([["skip"]], 1), ([["mean"]], None)])
+def test_the_file_says_what_the_student_sees(edges, sees, tmp_path):
+    architecture = {"cells": 2, "nodes": 1, "dim": 8, "edges": edges}
+    (tmp_path / "a.json").write_text(str(architecture).replace("'", '"'))
+    data = save_data(tmp_path, HISTORIES)
+    command = f"{data} --architecture {tmp_path / 'a.json'} --max-length 20 --out {tmp_path / 'b.json'}"
+    search.main(command.split())
+    _, config = evaluate.load_model(tmp_path / "b.pt2", evaluate.read_interactions(data), "cpu")
+    assert config.get("sees") == sees and config["window"] == (sees or 20)
+
+
+def test_a_file_that_sees_more_than_it_says_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = search.Student(30, 8, [search.Cell(8, [["conv3"]]) for _ in range(2)], 0.2)
+    data = evaluate.read_interactions(save_data(tmp_path, HISTORIES))
+    for sees in (5, 4):
+        path = save_model(tmp_path, model, 30, 20, f"{sees}.pt2", sees=sees)
+        if sees == 5:
+            assert evaluate.load_model(path, data, "cpu")[1]["window"] == 5
+        else:
+            with pytest.raises(SystemExit, match="depends on more than the last 4 items"):
+                evaluate.load_model(path, data, "cpu")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_compiled_scores_are_the_eager_ones(tmp_path):
+    torch.manual_seed(0)
+    model = search.Student(30, 8, [search.Cell(8, [["conv3"], ["max_pool", "skip"]])], 0.2)
+    path, data = save_model(tmp_path, model, 30, 20, sees=5), save_data(tmp_path, HISTORIES)
+    module, config = evaluate.load_model(path, evaluate.read_interactions(data), "cpu")
+    scorer = evaluate.Scorer(module)
+    service = evaluate.compiled(scorer, config["window"], "cpu")
+    for batch, length in ((1, 1), (1, 5), (3, 2), (64, 5)):
+        users, items = torch.ones(batch, dtype=torch.int64), torch.randint(1, 31, (batch, length))
+        with torch.no_grad():
+            torch.testing.assert_close(service(users, items), scorer(users, items), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_the_snippet_of_the_readme_recommends_unseen_items(tmp_path, monkeypatch, capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    torch.manual_seed(0)
+    model = search.Student(200, 8, [search.Cell(8, [["conv3"], ["max_pool", "skip"]])], 0.2)
+    (tmp_path / "runs").mkdir()
+    save_model(tmp_path, model, 200, 20, "runs/student.pt2", sees=5)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    recommended = eval(capsys.readouterr().out)
+    _, output, item_vectors = model.eval()(None, torch.tensor([[50, 181, 172]]))
+    scores = output[0, -1] @ item_vectors.T
+    scores[[0, 50, 181, 172]] = -torch.inf
+    assert recommended == scores.topk(10).indices.tolist()

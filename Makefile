@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 DATA := data/ml-100k.txt
 SHAPE := --cells 1 --nodes 2 --dim 32
+# latency of compiled models, too, where there is a C++ compiler
+COMPILE := $(if $(shell command -v g++ clang++),--compile)
 ONE := $(patsubst %,tests/test_%.py,bidirectional devices distill processes resume)
 SAME := --epochs 30 --patience 30 --final-rate 0
 
@@ -25,7 +27,7 @@ demo: .venv/ready $(DATA)
 	$(VENV) adarec_search.py $(DATA) --architecture runs/found.json --out runs/untrained.json
 	$(VENV) emd_distill.py $(DATA) --student runs/untrained.pt2 --teacher runs/teacher.pt2 --remember $(SAME) --out runs/student.pt2
 	$(VENV) emd_distill.py $(DATA) --student runs/untrained.pt2 $(SAME) --out runs/student-alone.pt2
-	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/student-alone.pt2
+	$(VENV) evaluate.py $(DATA) runs/teacher.pt2 runs/student.pt2 runs/student-alone.pt2 $(COMPILE)
 	$(VENV) sasrec_teacher.py $(DATA) --loss bce --batch-size 32 --epochs 30 --out runs/large.pt2
 	$(VENV) sasrec_teacher.py $(DATA) --loss bce --batch-size 32 --epochs 30 --dim 16 --out runs/small.pt2
 	$(VENV) bidirectional_distill.py $(DATA) --teacher runs/large.pt2 --student runs/small.pt2 --out runs/bd

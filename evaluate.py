@@ -171,8 +171,10 @@ def compiled(scorer, window, device):
     example = [torch.ones(shape, dtype=torch.int64, device=device) for shape in (2, (2, window))]
     shapes = {0: batch}, {0: batch, 1: length if window > 1 else None}
     try:
-        program = torch.export.export(scorer, tuple(example), dynamic_shapes=shapes)
-        return torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own code
+            program = torch.export.export(scorer, tuple(example), dynamic_shapes=shapes)
+            return torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
     except Exception as error:  # of many kinds
         sys.exit(f"--compile needs a C++ compiler; {type(error).__name__}: {error}".splitlines()[0])
 

@@ -462,9 +462,29 @@ def processes():
         yield script, [command, f"{TORCHRUN} {command}"]
 
 
+def serving():
+    """Latency and multiply-adds of a request: untrained models, each on the items that it needs, compiled."""
+    shapes = {"ml-1m": "--max-length 200 --blocks 8", "games": "--blocks 4", "beauty5": "--blocks 4"}
+    for data, shape in shapes.items():
+        runs, file, longest = (
+            f"runs/serving/{data}",
+            f"data/{data}.txt",
+            "--max-length 200" * (data == "ml-1m"),
+        )
+        teacher = f"sasrec_teacher.py {file} {shape} --dim 128 --heads 2 --epochs 0"
+        commands, models = [f"{teacher} --out {runs}-teacher.pt2"], f"{runs}-teacher.pt2"
+        for dim in (32, 64, 128):
+            path = architecture(f"{runs}-{dim}.json", "conv5;conv5,avg_pool", dim)
+            build = f"adarec_search.py {file} --architecture {path} {longest}"
+            commands.append(f"{build} --out {runs}-student-{dim}.json")
+            models += f" {runs}-student-{dim}.pt2"
+        yield data, [*commands, f"evaluate.py {file} {models} --users 100 --compile --json"]
+
+
 TIMED = {"speed": speed, "processes": processes}
 CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "demo": demo, "planted": planted}
-CLAIMS |= {"bidirectional": bidirectional, "published": published, "related": related, **TIMED}
+CLAIMS |= {"bidirectional": bidirectional, "published": published, "related": related, "serving": serving}
+CLAIMS |= TIMED
 
 NUMBERS = {  # sections of results/README.md, and what they need
     "1": ["teacher", "adarec", "related"],
@@ -536,12 +556,12 @@ def seconds_of_recbole(command):
 
 
 def seconds_of_checkpoint(command):
-    """Seconds that one call of save_checkpoint takes, by Python's profiler."""
+    """Seconds that the log and the checkpoint of an epoch take, by Python's profiler."""
     with tempfile.NamedTemporaryFile() as file:
         profiler = f"-m cProfile -o {file.name} {command}"
         subprocess.run(words(profiler, sys.executable), cwd=ROOT, check=True, stdout=2, env=ONE_THREAD)
         calls = pstats.Stats(file.name).stats
-    return next(call[3] / call[0] for (*_, name), call in calls.items() if name == "save_checkpoint")
+    return next(call[3] / call[0] for (*_, name), call in calls.items() if name == "end_epoch")
 
 
 def timed(claim, name, commands):
@@ -611,6 +631,11 @@ def figures_of(claim, name, command, out, data):
     """What `command` has printed, logged and written to `out`, and what evaluate.py finds of it."""
     printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
     if "evaluate.py" in command:
+        if claim == "serving":
+            kept = r"window|macs|ms_per|parameters|model"
+            return {
+                "models": [{k: v for k, v in r.items() if re.match(kept, k)} for r in json.loads(printed)]
+            }
         report = json.loads(printed)[0]
         found = {key: report[key] for key in ("HR@10", "NDCG@10")}
         ranks = re.search(r"--ranks (\S+)", command)

@@ -118,7 +118,7 @@ IGNORED = {  # commands, and what the error says
     "emd_distill data.txt --out m.pt2 --student T.pt2 --gamma 0 --teacher T.pt2": "--gamma 0",
     "bidirectional_distill data.txt --out b --base bpr --temperature 0": "--temperature",
     "bidirectional_distill data.txt --out b --base bpr --epsilon-exp inf": "--epsilon-exp",
-    "bidirectional_distill data.txt --out b --base=bpr --direction=none --negatives=drawn": "--direction both",
+    "bidirectional_distill data.txt --out b --base=bpr --direction=none --negatives=drawn": "needs --direc",
     "bidirectional_distill data.txt --out b --base bpr --teacher T.pt2 --student T.pt2": "a model of --",
     "evaluate data.txt T.pt2 --recommend 99": "no user 99",
 }

@@ -434,8 +434,10 @@ def training_part(data, max_length, seed, limit=10_000):
     """
     users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     validation_users = np.flatnonzero(data.evaluated)
-    if len(users) == 0 or len(validation_users) < PROCESSES:
+    if len(users) == 0 or len(validation_users) == 0:
         sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
+    if len(validation_users) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: only {len(validation_users)} users are validated on")
     if len(validation_users) > limit:
         rng = np.random.default_rng(seed)
         validation_users = np.sort(rng.choice(validation_users, limit, replace=False))

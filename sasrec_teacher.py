@@ -180,10 +180,15 @@ class UnseenItems:
         # the pair of a user and an item is one number, user * (V + 1) + item: a look-up is a binary search
         self.catalogue, self.base = data.catalogue, int(data.items.max()) + 1
         self.seen = np.unique((user * self.base + data.items)[training])
-        self.possible = np.bincount(self.seen // self.base, minlength=len(data.starts)) < len(self.catalogue)
+        self.possible = np.bincount(self.seen // self.base, minlength=len(data.user_ids)) < len(
+            self.catalogue
+        )
+        if not self.possible.any():
+            sys.exit(f"{data.path}: every user has seen every item, so none is left to draw")
         if not self.possible.all():
             print(
-                f"note: {(~self.possible).sum()} users have seen every item and are left out", file=sys.stderr
+                f"note: users who have seen every item are left out: {(~self.possible).sum()}",
+                file=sys.stderr,
             )
 
     def draw(self, users, rng):
@@ -325,8 +330,10 @@ def training_part(data, max_length, seed, limit=10_000):
     """
     users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
     validation_users = np.flatnonzero(data.evaluated)
-    if len(users) == 0 or len(validation_users) < PROCESSES:
+    if len(users) == 0 or len(validation_users) == 0:
         sys.exit(f"{data.path}: no user has 3 interactions, or none has 2 to train on; use a larger log")
+    if len(validation_users) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: only {len(validation_users)} users are validated on")
     if len(validation_users) > limit:
         rng = np.random.default_rng(seed)
         validation_users = np.sort(rng.choice(validation_users, limit, replace=False))

@@ -70,6 +70,13 @@ def test_an_epoch_mixes_no_devices_and_copies_only_what_it_must(name, inputs, tm
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: isfinite(x) if steps else torch.ones(1))
     monkeypatch.setattr(torch.Tensor, "isnan", lambda x: torch.zeros(1))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: random(x) if x.is_meta else cpu(x))
+    embedding = torch.nn.functional.embedding  # on `meta`, it takes items of the CPU without an error
+
+    def checked(items, weight, *args, **options):
+        assert items.device == weight.device
+        return embedding(items, weight, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", checked)
     monkeypatch.chdir(inputs)
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
     with pytest.raises(RuntimeError, match="meta tensor"):

@@ -178,7 +178,9 @@ def test_a_user_who_has_seen_every_item_is_left_out_and_counted(tmp_path, capsys
     save_data(tmp_path, HISTORIES | {7: [*range(1, 21), 1, 2]})
     run(f"{TRAIN} m.pt2 --loss bce")
     run("bidirectional_distill data.txt --base cdae --dims 3 2 --warm-up 1 --epochs 1 --out b")
-    assert capsys.readouterr().err.count("note: 1 users have seen every item and are left out") == 2
+    assert capsys.readouterr().err.count("note: users who have seen every item are left out: 1") == 2
+    save_data(tmp_path, {u: [1, 2, 3, 1, 2] for u in range(1, 9)})
+    fails(f"{TRAIN} n.pt2 --loss bce", "every user has seen every item", capsys)
 
 
 def test_parameters_of_tables_are_those_that_the_program_looks_up(tmp_path):

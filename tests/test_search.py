@@ -390,7 +390,14 @@ def test_the_same_seed_gives_the_same_files(data, tmp_path, monkeypatch, option)
 
 
 EDGES = [[], 7, [["conv7"]], [[["conv3"]]], [["conv3"], ["skip"]], [["none"], ["none", "conv3"]]]
-BAD = [{"cells": 0}, {"dim": 0}, {"cells": "x"}, {"dim": None}, *({"edges": edges} for edges in EDGES)]
+BAD = [
+    {"cells": 0},
+    {"cells": math.inf},
+    {"dim": 0},
+    {"cells": "x"},
+    {"dim": None},
+    *({"edges": edges} for edges in EDGES),
+]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"dim": 8}', *(json.dumps(ARCHITECTURE | bad) for bad in BAD)])

@@ -12,8 +12,9 @@ Reads   interactions, `user item` a row (data/README.md), and a teacher (README.
         Without a teacher, gamma is 0.
 Writes  OUT, the architecture as JSON. Beside it, as .pt2, the student with the weights that the search found.
         OUT.log.jsonl, a line an epoch.
-Shapes  B users, T positions, N real positions, V items, K cells of d_S features, E edges a cell, |O|
-        operations, L_T layers of d_T features in the teacher, k negatives. Item 0 is padding.
+Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
+        The student has K cells of d_S features, with E edges and |O| operations an edge.
+        The teacher has L_T layers of d_T features.
 
     python adarec_search.py data/ml-100k.txt --teacher runs/teacher.pt2 --out runs/architecture.json
 """
@@ -21,6 +22,7 @@ Shapes  B users, T positions, N real positions, V items, K cells of d_S features
 import argparse
 import copy
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -381,8 +383,8 @@ def emd_loss(distance, flow):
 def updated_weights(weights, paid, tau_w=10.0):
     """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = paid_i / w_i.
 
-    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i is raised to 1/100
-    of the sum: 0 would divide by zero, and a tiny c_i would take all the weight (not in the paper).
+    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. Not in the paper: c_i
+    is raised to 1/100 of the sum. A c_i of 0 would divide by zero, a tiny one would take all the weight.
     """
     c = paid / weights
     if c.sum() <= 0:
@@ -490,7 +492,9 @@ def search(args):
     lengths = histories.end - histories.begin - 1  # targets of each history
     num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
     sampler = SharedNegatives(data, histories) if args.negatives else None
-    answers = {} if args.remember else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    settings = {"projections": W, "gamma": args.gamma, "distances": kl_distances, "flow_of": transport}
+    distil, answers = functools.partial(distillation_loss, **settings), {} if args.remember else None
     models = [Path(args.out).with_suffix(".pt2")]
     run = Run(args, data, models, [supernet, nn.ParameterList([alpha]), W, optimizer])
     layer_weights = [np.array(weights) for weights in run.state.get("layer_weights", layer_weights)]
@@ -509,17 +513,8 @@ def search(args):
             of_student = hidden[:, real], output[real], item_vectors
             of_teacher = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
             negatives = [x.to(args.device) for x in sampler.draw(args.negatives, rng)] if sampler else ()
-            loss, terms, flow, layer_weights = distillation_loss(
-                of_student,
-                of_teacher,
-                target,
-                negatives,
-                W,
-                layer_weights,
-                args.gamma,
-                kl_distances,
-                transport,
-            )
+            student_and_teacher = of_student, of_teacher, target, negatives
+            loss, terms, flow, layer_weights = distil(*student_and_teacher, layer_weights=layer_weights)
             terms["L_cost"] = cost_loss(p, costs)
             loss = loss + args.beta * terms["L_cost"]
             optimizer.zero_grad()
@@ -527,24 +522,18 @@ def search(args):
             (loss * len(target) * num_batches / num_positions).backward()
             if alpha_waits:
                 alpha.grad = None
-            sum_over_processes(
-                [weight.grad for group in optimizer.param_groups for weight in group["params"]]
-            )
+            sum_over_processes([parameter.grad for parameter in parameters])
             optimizer.step()
             total = total + len(target) * torch.stack([term.detach().double() for term in terms.values()])
             flows = flows + lengths[batch].sum() * flow
         sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(
-                f"the loss is not finite in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt"
-            )
+            sys.exit(f"the loss is not finite in epoch {epoch}; remove OUT.ckpt and lower --learning-rate")
         line = {"epoch": epoch, **dict(zip(terms, (total / num_positions).tolist(), strict=True)), "tau": tau}
         line |= {"seconds": time.time() - start, "sure": alpha.softmax(-1).amax(-1).mean().item()}
         edges = best_edges(alpha)
         if epoch == args.epochs and not receptive_field(edges):
-            sys.exit(
-                f"the search ends in {';'.join(map(','.join, edges))}, which ignores its input; lower --beta"
-            )
+            sys.exit("the search ends in cells that ignore their input; remove OUT.ckpt and lower --beta")
         line |= {"edges": edges, "alpha": alpha.tolist(), "flow": (flows / num_positions).tolist()}
         if epoch == args.epochs:
             save_student(args, run, derive(supernet, edges), edges, max_length)
@@ -729,8 +718,8 @@ def batch_of(data, histories, batch, device):
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
-    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
+    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes

@@ -7,12 +7,12 @@ items drawn by how much their rankings disagree:
 
     L_T = L_CF(T) + lambda_S->T L_BD(T;S)        L_S = L_CF(S) + lambda_T->S L_BD(S;T)
 
-Reads   interactions, `user item` a row (data/README.md), and two model files (README.md, "The model file"):
-        trained sequence models, or two files that this script wrote. --base bpr and cdae need no files.
+Reads   interactions, `user item` a row (data/README.md), and two model files (README.md, "The model file").
+        The files are of trained sequence models, or of this script. --base bpr and cdae need no files.
 Writes  OUT-teacher.pt2 and OUT-student.pt2, each of its epoch with the best validation NDCG@10. The choice
         is among the epochs of joint training and the start. OUT.log.jsonl, a line an epoch.
-Shapes  B users (bpr: pairs of user and item), T positions, N observed items of a batch, e features of an
-        output, V items, k samples. Item 0 is padding.
+Shapes  B users (bpr: pairs of user and item), T positions, N observed items of a batch. V items, e features
+        of an output, k samples, n interactions. Item 0 is padding.
 
     python bidirectional_distill.py data/ml-100k.txt --teacher T.pt2 --student S.pt2 --out runs/bd
     python bidirectional_distill.py data/ml-100k.txt --base bpr --out runs/bpr
@@ -287,8 +287,8 @@ def renew(modules, windows, data, histories, args, epoch, num_epochs):
 def losses(modules, ids, history, negatives, drawn, args):
     """L_CF of T and S, and L_BD(T;S) and L_BD(S;T): two lists. All are sums over the batch.
 
-    ids [B], history [B, T], negatives [2, B, T, k]. drawn [2, B, T k] are the items that teach each model, 0
-    for padding, or None.
+    ids [B], history [B, T], negatives [2, B, T, k]. drawn [2, B, T k]: the items that teach each model, with
+    0 for padding. Or drawn is None, and no model teaches.
     """
     l_cf, sides = [], []
     for module, items in zip(modules, negatives, strict=True):
@@ -405,9 +405,7 @@ def train(args):
             with_dropout(module, False)
         sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(
-                f"the loss is not finite in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt"
-            )
+            sys.exit(f"the loss is not finite in epoch {epoch}; remove OUT.ckpt and lower --learning-rate")
         if epoch:
             names = "L_CF(T)", "L_CF(S)", "L_BD(T;S)", "L_BD(S;T)"
             line |= zip(names, (total / num_observed).tolist(), strict=True)
@@ -545,8 +543,8 @@ def pad_batch(items, begin, end):
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
-    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
+    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes

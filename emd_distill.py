@@ -10,8 +10,8 @@ Reads   interactions, `user item` a row (data/README.md); a student, and a teach
         "The model file"). Without a teacher, this is plain training: L = L_CE.
 Writes  OUT, the student of the epoch with the best validation NDCG@10; epoch 0 is the student as it was read.
         OUT.log.jsonl, a line an epoch.
-Shapes  B users, T positions, N real positions, V items, L_S and L_T layers after the embedding and d_S and
-        d_T features of student and teacher, k negatives. Item 0 is padding.
+Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
+        Student and teacher have L_S and L_T layers after the embedding, of d_S and d_T features.
 
     python emd_distill.py data/ml-100k.txt --teacher runs/teacher.pt2 --student runs/architecture.pt2 \
         --out runs/student.pt2
@@ -19,6 +19,7 @@ Shapes  B users, T positions, N real positions, V items, L_S and L_T layers afte
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -113,8 +114,8 @@ def emd_loss(distance, flow):
 def updated_weights(weights, paid, tau_w=10.0):
     """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = paid_i / w_i.
 
-    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. c_i is raised to 1/100
-    of the sum: 0 would divide by zero, and a tiny c_i would take all the weight (not in the paper).
+    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. Not in the paper: c_i
+    is raised to 1/100 of the sum. A c_i of 0 would divide by zero, a tiny one would take all the weight.
     """
     c = paid / weights
     if c.sum() <= 0:
@@ -326,7 +327,8 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * num_batches)
     sampler = SharedNegatives(data, histories) if args.negatives else None
-    distances, flow_of = DISTANCES[args.distance], MAPPINGS[args.mapping]
+    settings = {"distances": DISTANCES[args.distance], "flow_of": MAPPINGS[args.mapping]}
+    distil = functools.partial(distillation_loss, projections=W, gamma=args.gamma, **settings)
     answers = {} if args.remember else None
     window, kept = config["window"], ("items", "max_length", "sees", "architecture")
     config = {name: config[name] for name in kept if name in config}
@@ -346,9 +348,8 @@ def train(args):
             of_student = hidden[:, real], output[real], item_vectors
             if teacher and epoch == 1 and batch is batches[0]:
                 fit_projections(W, hidden[:, real].detach(), of_teacher[0])
-            loss, terms, flow, layer_weights = distillation_loss(
-                of_student, of_teacher, target, negatives, W, layer_weights, args.gamma, distances, flow_of
-            )
+            student_and_teacher = of_student, of_teacher, target, negatives
+            loss, terms, flow, layer_weights = distil(*student_and_teacher, layer_weights=layer_weights)
             optimizer.zero_grad()
             # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
@@ -361,7 +362,7 @@ def train(args):
             sum_over_processes([total])
             if not total.isfinite().all():
                 sys.exit(
-                    f"the loss is not finite in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt"
+                    f"the loss is not finite in epoch {epoch}; remove OUT.ckpt and lower --learning-rate"
                 )
             line |= zip(terms, (total / num_positions).tolist(), strict=True)
             line["flow"] = (flows / num_positions).tolist()
@@ -463,8 +464,8 @@ def batch_of(data, histories, batch, device):
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
-    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
+    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes

@@ -263,7 +263,7 @@ def train(args):
         sum_over_processes([total])
         loss = total.item() / num_positions
         if not math.isfinite(loss):
-            sys.exit(f"the loss is {loss} in epoch {epoch}; lower --learning-rate, remove {args.out}.ckpt")
+            sys.exit(f"the loss is {loss} in epoch {epoch}; remove OUT.ckpt and lower --learning-rate")
         line = {"epoch": epoch, "loss": loss, "seconds": time.time() - start}
         model.eval()
         hr, ndcg = validate(model, data, validation_users, args.max_length, args.device)
@@ -359,8 +359,8 @@ def batch_of(data, histories, batch, device):
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The generator of this epoch, the same in every process, and its batches: arrays of indices.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding:
-    shuffled groups of 64 batches, at most a quarter of all, are sorted by length.
+    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
+    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes

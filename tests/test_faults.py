@@ -133,7 +133,7 @@ def test_a_search_that_ends_without_a_path_from_the_input_fails(capsys):
     command = (
         "adarec_search data.txt --operations none --cells 1 --nodes 1 --dim 4 --epochs 1 --alpha-warm-up 0"
     )
-    with pytest.raises(SystemExit, match="ignores its input"):
+    with pytest.raises(SystemExit, match="ignore their input"):
         run(f"{command} --out a.json")
     assert not Path("a.json").exists() and not Path("a.pt2").exists()
 

@@ -393,7 +393,7 @@ def updated_weights(weights, paid, tau_w=10.0):
 
 
 def distillation_loss(
-    student, teacher, target, negatives, projections, layer_weights, gamma, distances, flow_of
+    student, teacher, target, negatives, layer_weights, projections, gamma, distances, flow_of
 ):
     """(1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred); without a teacher, L_CE.
 
@@ -401,8 +401,8 @@ def distillation_loss(
     teacher        the same of the teacher, or None
     target         [N], the next items
     negatives      () for all items; or negative items [k] and log_count [k]
-    projections    W_e and W_h, from d_S to d_T
     layer_weights  w^S [L_S] and w^T [L_T]
+    projections    W_e and W_h, from d_S to d_T
     distances      a function: D [L_S, L_T] of the layers of both
     flow_of        a function: the flow [L_S, L_T] of w^S, w^T and D
 
@@ -513,8 +513,8 @@ def search(args):
             of_student = hidden[:, real], output[real], item_vectors
             of_teacher = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
             negatives = [x.to(args.device) for x in sampler.draw(args.negatives, rng)] if sampler else ()
-            student_and_teacher = of_student, of_teacher, target, negatives
-            loss, terms, flow, layer_weights = distil(*student_and_teacher, layer_weights=layer_weights)
+            outputs = of_student, of_teacher
+            loss, terms, flow, layer_weights = distil(*outputs, target, negatives, layer_weights)
             terms["L_cost"] = cost_loss(p, costs)
             loss = loss + args.beta * terms["L_cost"]
             optimizer.zero_grad()

@@ -180,7 +180,7 @@ def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
 
 
 def distillation_loss(
-    student, teacher, target, negatives, projections, layer_weights, gamma, distances, flow_of
+    student, teacher, target, negatives, layer_weights, projections, gamma, distances, flow_of
 ):
     """(1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred); without a teacher, L_CE.
 
@@ -188,8 +188,8 @@ def distillation_loss(
     teacher        the same of the teacher, or None
     target         [N], the next items
     negatives      () for all items; or negative items [k] and log_count [k]
-    projections    W_e and W_h, from d_S to d_T
     layer_weights  w^S [L_S] and w^T [L_T]
+    projections    W_e and W_h, from d_S to d_T
     distances      a function: D [L_S, L_T] of the layers of both
     flow_of        a function: the flow [L_S, L_T] of w^S, w^T and D
 
@@ -348,8 +348,8 @@ def train(args):
             of_student = hidden[:, real], output[real], item_vectors
             if teacher and epoch == 1 and batch is batches[0]:
                 fit_projections(W, hidden[:, real].detach(), of_teacher[0])
-            student_and_teacher = of_student, of_teacher, target, negatives
-            loss, terms, flow, layer_weights = distil(*student_and_teacher, layer_weights=layer_weights)
+            outputs = of_student, of_teacher
+            loss, terms, flow, layer_weights = distil(*outputs, target, negatives, layer_weights)
             optimizer.zero_grad()
             # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
@@ -378,8 +378,8 @@ def train(args):
         if epochs_left == 0:
             break
     if teacher and best["epoch"]:
-        flow = np.round(run.log[best["epoch"]]["flow"], 3)
-        print("flow, a row per student layer, a column per teacher layer:", flow, sep="\n")
+        print("flow, a row per student layer, a column per teacher layer:")
+        print(np.round(run.log[best["epoch"]]["flow"], 3))
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------

@@ -57,8 +57,8 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def last_three(x):
-    """Each position of x [B, d, T] with the two before it: [B, d, T, 3]. torch's pools export for one T."""
-    return F.pad(x, (2, 0)).unfold(-1, 3, 1)
+    """Each position of x [B, d, T] and the two before it: [3, B, d, T]. torch's pools export for one T."""
+    return torch.stack([x, F.pad(x, (1, 0))[..., :-1], F.pad(x, (2, 0))[..., :-2]])
 
 
 def running_mean(x):
@@ -86,9 +86,9 @@ OPERATIONS = {
     "conv5": Operation(width=5),
     "dilated_conv3": Operation(width=3, dilation=2),
     "dilated_conv5": Operation(width=5, dilation=2),
-    "avg_pool": Operation(function=lambda x: last_three(x).mean(-1), reach=2, multiply_adds=3),
+    "avg_pool": Operation(function=lambda x: last_three(x).mean(0), reach=2, multiply_adds=3),
     # x = ReLU(x_i) is not negative, so the padding is never the maximum
-    "max_pool": Operation(function=lambda x: last_three(x).max(-1).values, reach=2, multiply_adds=3),
+    "max_pool": Operation(function=lambda x: last_three(x).max(0).values, reach=2, multiply_adds=3),
     "skip": Operation(function=lambda x: x),
     "none": Operation(function=torch.zeros_like, reach=-math.inf),
     "mean": Operation(function=running_mean, reach=math.inf, multiply_adds=1),
@@ -189,18 +189,21 @@ class MixedEdges(nn.Module):
 
     def forward(self, x, y):
         """x [B, d, T], not negative; y [targets, |O|] -> [B, targets, d, T]."""
-        reach, functions = max(OPERATIONS[name].looks_back for name in self.convolutions), 0
+        functions, weights = [], []
+        reach = max(OPERATIONS[name].looks_back for name in self.convolutions)
         kernel, bias = x.new_zeros(len(y), x.shape[1], x.shape[1], reach + 1), x.new_zeros(len(y), x.shape[1])
         for y_o, (name, operation) in zip(y.T, OPERATIONS.items(), strict=True):
             if operation.function:
-                functions = functions + y_o[:, None, None] * operation.function(x)[:, None]
+                functions.append(operation.function(x))
+                weights.append(y_o)
             else:
                 convolution = self.convolutions[name]
                 taps = slice(reach - operation.looks_back, None, operation.dilation)  # the newest is the last
                 kernel[..., taps] += y_o[:, None, None, None] * convolution.weight.unflatten(0, bias.shape)
                 bias += y_o[:, None] * convolution.bias.unflatten(0, bias.shape)
         convolved = F.conv1d(F.pad(x, (reach, 0)), kernel.flatten(0, 1), bias.flatten())
-        return convolved.unflatten(1, bias.shape) + functions
+        weighted = torch.einsum("oj,obdt->bjdt", torch.stack(weights), torch.stack(functions))
+        return convolved.unflatten(1, bias.shape) + weighted
 
 
 class MixedCell(nn.Module):
@@ -471,10 +474,9 @@ def set_up(args):
     cells = [MixedCell(args.dim, args.nodes) for _ in range(args.cells)]
     num_items = config.get("items", int(data.items.max()))
     supernet = Student(num_items, args.dim, cells, args.dropout).to(args.device)
-    alpha = torch.tensor(
-        [0.0 if name in args.operations else -1e9 for name in OPERATIONS], device=args.device
-    )
-    alpha = nn.Parameter(alpha.repeat(args.nodes * (args.nodes + 1) // 2, 1))
+    start = [0.0 if name in args.operations else -1e9 for name in OPERATIONS]
+    num_edges = args.nodes * (args.nodes + 1) // 2
+    alpha = nn.Parameter(torch.tensor([start] * num_edges, device=args.device))
     W, layer_weights = nn.ModuleList(), []
     if teacher:
         W = nn.ModuleList(nn.Linear(args.dim, config["dim"]) for _ in range(2)).to(args.device)
@@ -573,25 +575,16 @@ def build(args):
     if RANK:  # one process is enough
         return
     torch.manual_seed(args.seed)
-    data, num_cells, dim, max_length = (
-        read_interactions(args.data),
-        args.cells,
-        args.dim,
-        args.max_length or 50,
-    )
+    data, num_cells, dim = read_interactions(args.data), args.cells, args.dim
     if args.architecture:
         try:
             architecture = json.loads(Path(args.architecture).read_text())
-            num_cells, dim, edges = (
-                int(architecture["cells"]),
-                int(architecture["dim"]),
-                architecture["edges"],
-            )
-            known = all(len(row) == j and set(row) <= set(OPERATIONS) for j, row in enumerate(edges, 1))
+            num_cells, dim = int(architecture["cells"]), int(architecture["dim"])
+            edges, names = architecture["edges"], set(OPERATIONS)
+            known = all(len(row) == j and set(row) <= names for j, row in enumerate(edges, 1))
             if min(num_cells, dim) < 1 or not known or not receptive_field(edges):
-                raise ValueError(
-                    f"edges[j-1] needs j of {', '.join(OPERATIONS)}; one path must start at node 0"
-                )
+                rule = f"edges[j-1] needs j of {', '.join(OPERATIONS)}; one path must start at node 0"
+                raise ValueError(rule)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             sys.exit(f"{args.architecture} is no architecture; {type(error).__name__}: {error}")
     else:
@@ -600,7 +593,7 @@ def build(args):
     cells = [Cell(dim, edges) for _ in range(num_cells)]
     student = Student(int(data.items.max()), dim, cells, args.dropout)
     run = Run(args, data, [Path(args.out).with_suffix(".pt2")])
-    save_student(args, run, student, edges, max_length)
+    save_student(args, run, student, edges, args.max_length or 50)
 
 
 class SharedNegatives:
@@ -673,9 +666,7 @@ def read_interactions(path):
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
     items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
     if gaps := catalogue[-1] - len(catalogue):
-        note = (
-            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
-        )
+        note = f"{path}: {gaps:,} item ids below {catalogue[-1]:,} never occur; data/prepare.py renumbers"
         sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
     train_end = starts[1:] - 2 * evaluated
     return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
@@ -835,12 +826,11 @@ class Run:
         checkpoint = Path(f"{args.out}.ckpt")
         inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
         for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
-            if path.exists() and (
-                not path.is_file() or any(path.samefile(other) for other in inputs if other)
-            ):
+            is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+            if is_input or path.exists() and not path.is_file():
                 sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
-        lock = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
-        lock = os.open(Path(tempfile.gettempdir(), f"{lock}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
+        out_hash = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
+        lock = os.open(Path(tempfile.gettempdir(), f"{out_hash}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
         except OSError:
@@ -848,12 +838,13 @@ class Run:
         paths = ("data", "out", "teacher", "student", "architecture", "resume")
         settings = {name: value for name, value in vars(args).items() if name not in paths}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-        self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-        self.made_by["data_sha256"] = data.sha256
+        self.origin = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+        self.origin["data_sha256"] = data.sha256
         # a resumed run must have the same values as the run that was stopped
         files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
-        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
-        self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
+        sha256 = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
+        must_match = settings | versions | sha256 | {"data": data.sha256, "number of processes": PROCESSES}
+        self.must_match = must_match
         if checkpoint.exists() and not args.resume:
             sys.exit(f"{checkpoint}: a run stopped here; give --resume, or remove the file")
         if args.resume:
@@ -861,25 +852,26 @@ class Run:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns of some damaged files
-                    common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                    values, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
                 sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
-            names = common.keys() | self.common.keys()
-            if changed := sorted(name for name in names if common.get(name) != self.common.get(name)):
+            names = values.keys() | must_match.keys()
+            if changed := sorted(name for name in names if values.get(name) != must_match.get(name)):
                 sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
             if self.state.get("best") and not all(Path(model).exists() for model in models):
                 sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
-        print(
-            f"{len(data.user_ids):,} users, {len(data.catalogue):,} items, {len(data.items):,} interactions"
-        )
+        counts = map(len, (data.user_ids, data.catalogue, data.items))
+        print("{:,} users, {:,} items, {:,} interactions".format(*counts))
 
     def save_model(self, path, program, module, validation=None, **config):
         """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
+        if RANK:  # one process writes
+            return
         for name, weight in module.state_dict().items():
             program.state_dict[name].data.copy_(weight)
-        buffer, config = io.BytesIO(), config | self.made_by | {"validation": validation}
+        buffer, config = io.BytesIO(), config | self.origin | {"validation": validation}
         torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
         write(path, buffer.getvalue())
 
@@ -889,11 +881,11 @@ class Run:
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
         left = f"at least {seconds / 60:.1f} min left"
-        print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
+        print(*filter(None, [f"epoch {line['epoch']:3}", *figures, mark, left]), sep="  ", flush=True)
         write(f"{self.out}.log.jsonl", "".join(json.dumps(logged) + "\n" for logged in self.log).encode())
         if epochs_left:
             buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
-            torch.save((self.common, states, self.log, state), buffer)
+            torch.save((self.must_match, states, self.log, state), buffer)
             write(f"{self.out}.ckpt", buffer.getvalue())
         elif not RANK:
             Path(f"{self.out}.ckpt").unlink(missing_ok=True)
@@ -933,31 +925,15 @@ def main(argv=None):
     add("--cells", type=count, default=4, help="K: cells, one architecture, each with its own weights")
     add("--nodes", type=count, default=3, help="N: nodes of a cell after its input")
     add("--dim", type=count, default=64, help="d_S: size of hidden states and item vectors")
-    add(
-        "--operations",
-        nargs="+",
-        choices=OPERATIONS,
-        default=list(OPERATIONS),
-        help="O: operations that an edge may use",
-    )
-    add(
-        "--max-length",
-        type=number(int, 2),
-        help="most recent items that the student sees; else the teacher's, or 50",
-    )
+    names = list(OPERATIONS)
+    add("--operations", nargs="+", choices=names, default=names, help="O: what an edge may use")
+    add("--max-length", type=number(int, 2), help="most recent items used; else the teacher's, or 50")
     add("--dropout", type=number(float, 0, 0.99), default=0.2, help="probability that training drops a unit")
     add("--gamma", type=fraction, default=0.5, help="weight of L_emb + L_hid + L_pred; L_CE has 1 - gamma")
     add("--beta", type=number(float, 0), default=0.3, help="weight of L_cost, which is 1 at most")
     add("--relaxation", choices=["gumbel", "softmax"], default="gumbel", help="softmax tends to `none`")
-    add(
-        "--alpha-learning-rate",
-        type=number(float, 0),
-        default=5e-2,
-        help="of AdamW, alpha; 2e-5 as published",
-    )
-    add(
-        "--alpha-warm-up", type=number(int, 0), default=10, help="first epochs, in which alpha does not learn"
-    )
+    add("--alpha-learning-rate", type=number(float, 0), default=5e-2, help="of AdamW; published: 2e-5")
+    add("--alpha-warm-up", type=number(int, 0), default=10, help="first epochs, in which alpha is fixed")
     add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW on the weights")
     add("--batch-size", type=count, default=32, help="users per batch")
     add("--epochs", type=count, default=30, help="passes over all users")

@@ -475,9 +475,7 @@ def read_interactions(path):
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
     items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
     if gaps := catalogue[-1] - len(catalogue):
-        note = (
-            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
-        )
+        note = f"{path}: {gaps:,} item ids below {catalogue[-1]:,} never occur; data/prepare.py renumbers"
         sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
     train_end = starts[1:] - 2 * evaluated
     return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
@@ -511,16 +509,13 @@ class UnseenItems:
         # the pair of a user and an item is one number, user * (V + 1) + item: a look-up is a binary search
         self.catalogue, self.base = data.catalogue, int(data.items.max()) + 1
         self.seen = np.unique((user * self.base + data.items)[training])
-        self.possible = np.bincount(self.seen // self.base, minlength=len(data.user_ids)) < len(
-            self.catalogue
-        )
+        num_seen = np.bincount(self.seen // self.base, minlength=len(data.user_ids))
+        self.possible = num_seen < len(self.catalogue)
         if not self.possible.any():
             sys.exit(f"{data.path}: every user has seen every item, so none is left to draw")
         if not self.possible.all():
-            print(
-                f"note: users who have seen every item are left out: {(~self.possible).sum()}",
-                file=sys.stderr,
-            )
+            num_left_out = (~self.possible).sum()
+            print(f"note: {num_left_out} users have seen every item and are left out", file=sys.stderr)
 
     def draw(self, users, rng):
         """An item for each entry of `users`, indices into data.user_ids: int64 of the same shape."""
@@ -705,12 +700,11 @@ class Run:
         checkpoint = Path(f"{args.out}.ckpt")
         inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
         for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
-            if path.exists() and (
-                not path.is_file() or any(path.samefile(other) for other in inputs if other)
-            ):
+            is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+            if is_input or path.exists() and not path.is_file():
                 sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
-        lock = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
-        lock = os.open(Path(tempfile.gettempdir(), f"{lock}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
+        out_hash = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
+        lock = os.open(Path(tempfile.gettempdir(), f"{out_hash}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
         except OSError:
@@ -718,12 +712,13 @@ class Run:
         paths = ("data", "out", "teacher", "student", "architecture", "resume")
         settings = {name: value for name, value in vars(args).items() if name not in paths}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-        self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-        self.made_by["data_sha256"] = data.sha256
+        self.origin = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+        self.origin["data_sha256"] = data.sha256
         # a resumed run must have the same values as the run that was stopped
         files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
-        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
-        self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
+        sha256 = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
+        must_match = settings | versions | sha256 | {"data": data.sha256, "number of processes": PROCESSES}
+        self.must_match = must_match
         if checkpoint.exists() and not args.resume:
             sys.exit(f"{checkpoint}: a run stopped here; give --resume, or remove the file")
         if args.resume:
@@ -731,25 +726,26 @@ class Run:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns of some damaged files
-                    common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                    values, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
                 sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
-            names = common.keys() | self.common.keys()
-            if changed := sorted(name for name in names if common.get(name) != self.common.get(name)):
+            names = values.keys() | must_match.keys()
+            if changed := sorted(name for name in names if values.get(name) != must_match.get(name)):
                 sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
             if self.state.get("best") and not all(Path(model).exists() for model in models):
                 sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
-        print(
-            f"{len(data.user_ids):,} users, {len(data.catalogue):,} items, {len(data.items):,} interactions"
-        )
+        counts = map(len, (data.user_ids, data.catalogue, data.items))
+        print("{:,} users, {:,} items, {:,} interactions".format(*counts))
 
     def save_model(self, path, program, module, validation=None, **config):
         """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
+        if RANK:  # one process writes
+            return
         for name, weight in module.state_dict().items():
             program.state_dict[name].data.copy_(weight)
-        buffer, config = io.BytesIO(), config | self.made_by | {"validation": validation}
+        buffer, config = io.BytesIO(), config | self.origin | {"validation": validation}
         torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
         write(path, buffer.getvalue())
 
@@ -759,11 +755,11 @@ class Run:
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
         left = f"at least {seconds / 60:.1f} min left"
-        print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
+        print(*filter(None, [f"epoch {line['epoch']:3}", *figures, mark, left]), sep="  ", flush=True)
         write(f"{self.out}.log.jsonl", "".join(json.dumps(logged) + "\n" for logged in self.log).encode())
         if epochs_left:
             buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
-            torch.save((self.common, states, self.log, state), buffer)
+            torch.save((self.must_match, states, self.log, state), buffer)
             write(f"{self.out}.ckpt", buffer.getvalue())
         elif not RANK:
             Path(f"{self.out}.ckpt").unlink(missing_ok=True)
@@ -797,16 +793,11 @@ def main(argv=None):
     add("--teacher", help="trained model to start from, with --student. Load only files you trust")
     add("--student", help="trained model to start from, with --teacher")
     add("--out", required=True, help="start of the names OUT-teacher.pt2, OUT-student.pt2, OUT.log.jsonl")
-    add(
-        "--base", choices=BASES, default="sequence", help="kind of both; sequence and softmax need two models"
-    )
+    add("--base", choices=BASES, default="sequence", help="kind of both; the last two need two models")
     add("--dims", **pair, type=count, default=[50, 5], help="sizes of the vectors of a new bpr or cdae")
     add("--learning-rate", type=positive, help="of Adam")
-    add(
-        "--temperature",
-        type=number(float, 1e-6, math.inf),
-        help="tau, divides the other's logits; inf: each label is 1/2",
-    )
+    tau = number(float, 1e-6, math.inf)
+    add("--temperature", type=tau, help="tau, divides the other's logits; inf: each label is 1/2")
     add("--epsilon-exp", type=positive, help="epsilon_e of p_S->T")
     add("--epsilon-tanh", type=positive, help="epsilon_t of p_T->S")
     add("--batch-size", type=count, help="users per batch; with bpr, observed pairs")
@@ -821,16 +812,13 @@ def main(argv=None):
     add("--direction", choices=["both", "none"], default="both", help="none: both models train on alone")
     add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that teach")
     add("--sign", choices=["paper", "published"], default="paper", help="of the rank difference")
-    add(
-        "--negatives",
-        choices=["uniform", "drawn"],
-        default="uniform",
-        help="of L_CF; drawn: those that teach",
-    )
+    sources = ["uniform", "drawn"]
+    add("--negatives", choices=sources, default="uniform", help="of L_CF; drawn: the items that teach")
     add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, data and machine: same files")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
-    parser.epilog = "\n".join(f"--base {name}: {base.defaults}" for name, base in BASES.items())
+    parser.set_defaults(**SEQUENCE_DEFAULTS._asdict())
+    parser.epilog = f"defaults of --base bpr and cdae:\n{BPR_DEFAULTS}\n{CDAE_DEFAULTS}"
     args, _ = parser.parse_known_args(argv)  # --base decides the defaults of the others
     parser.set_defaults(**BASES[args.base].defaults._asdict() | ({"warm_up": 0} if args.teacher else {}))
     args = parser.parse_args(argv)

@@ -308,9 +308,8 @@ def set_up(args):
         teacher, config_T = load_model(args.teacher, data, args.device)
         teacher.requires_grad_(False)
         if config_T["max_length"] < config["max_length"] or config_T["layers"] < 1:
-            sys.exit(
-                f"{args.teacher} must read {config['max_length']} items and have a layer after the embedding"
-            )
+            needs = f"must read {config['max_length']} items and have a layer after the embedding"
+            sys.exit(f"{args.teacher} {needs}")
         if config_T["items"] != config["items"]:
             sys.exit(f"{args.teacher} is for {config_T['items']} items, the student for {config['items']}")
         W = nn.ModuleList(nn.Linear(config["dim"], config_T["dim"]) for _ in range(2)).to(args.device)
@@ -361,9 +360,8 @@ def train(args):
         if epoch:
             sum_over_processes([total])
             if not total.isfinite().all():
-                sys.exit(
-                    f"the loss is not finite in epoch {epoch}; remove OUT.ckpt and lower --learning-rate"
-                )
+                advice = "remove OUT.ckpt and lower --learning-rate"
+                sys.exit(f"the loss is not finite in epoch {epoch}; {advice}")
             line |= zip(terms, (total / num_positions).tolist(), strict=True)
             line["flow"] = (flows / num_positions).tolist()
         with_dropout(student, False)
@@ -378,8 +376,7 @@ def train(args):
         if epochs_left == 0:
             break
     if teacher and best["epoch"]:
-        print("flow, a row per student layer, a column per teacher layer:")
-        print(np.round(run.log[best["epoch"]]["flow"], 3))
+        print("flow, a row per student layer:", np.round(run.log[best["epoch"]]["flow"], 3), sep="\n")
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -419,9 +416,7 @@ def read_interactions(path):
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
     items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
     if gaps := catalogue[-1] - len(catalogue):
-        note = (
-            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
-        )
+        note = f"{path}: {gaps:,} item ids below {catalogue[-1]:,} never occur; data/prepare.py renumbers"
         sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
     train_end = starts[1:] - 2 * evaluated
     return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
@@ -623,12 +618,11 @@ class Run:
         checkpoint = Path(f"{args.out}.ckpt")
         inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
         for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
-            if path.exists() and (
-                not path.is_file() or any(path.samefile(other) for other in inputs if other)
-            ):
+            is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+            if is_input or path.exists() and not path.is_file():
                 sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
-        lock = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
-        lock = os.open(Path(tempfile.gettempdir(), f"{lock}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
+        out_hash = hashlib.sha256(str(Path(args.out).resolve()).encode()).hexdigest()
+        lock = os.open(Path(tempfile.gettempdir(), f"{out_hash}-{RANK}.lock"), os.O_CREAT | os.O_RDWR)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
         except OSError:
@@ -636,12 +630,13 @@ class Run:
         paths = ("data", "out", "teacher", "student", "architecture", "resume")
         settings = {name: value for name, value in vars(args).items() if name not in paths}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__}
-        self.made_by = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
-        self.made_by["data_sha256"] = data.sha256
+        self.origin = {"stage": Path(__file__).stem, "settings": settings, "versions": versions}
+        self.origin["data_sha256"] = data.sha256
         # a resumed run must have the same values as the run that was stopped
         files = [("script", __file__)] + [(name, vars(args).get(name)) for name in ("teacher", "student")]
-        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
-        self.common = settings | versions | sums | {"data": data.sha256, "number of processes": PROCESSES}
+        sha256 = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files if file}
+        must_match = settings | versions | sha256 | {"data": data.sha256, "number of processes": PROCESSES}
+        self.must_match = must_match
         if checkpoint.exists() and not args.resume:
             sys.exit(f"{checkpoint}: a run stopped here; give --resume, or remove the file")
         if args.resume:
@@ -649,25 +644,26 @@ class Run:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns of some damaged files
-                    common, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                    values, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
                 sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
-            names = common.keys() | self.common.keys()
-            if changed := sorted(name for name in names if common.get(name) != self.common.get(name)):
+            names = values.keys() | must_match.keys()
+            if changed := sorted(name for name in names if values.get(name) != must_match.get(name)):
                 sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
             if self.state.get("best") and not all(Path(model).exists() for model in models):
                 sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
-        print(
-            f"{len(data.user_ids):,} users, {len(data.catalogue):,} items, {len(data.items):,} interactions"
-        )
+        counts = map(len, (data.user_ids, data.catalogue, data.items))
+        print("{:,} users, {:,} items, {:,} interactions".format(*counts))
 
     def save_model(self, path, program, module, validation=None, **config):
         """Write `program`, with the weights of `module`, as a model file. Its config says how it was made."""
+        if RANK:  # one process writes
+            return
         for name, weight in module.state_dict().items():
             program.state_dict[name].data.copy_(weight)
-        buffer, config = io.BytesIO(), config | self.made_by | {"validation": validation}
+        buffer, config = io.BytesIO(), config | self.origin | {"validation": validation}
         torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
         write(path, buffer.getvalue())
 
@@ -677,11 +673,11 @@ class Run:
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
         left = f"at least {seconds / 60:.1f} min left"
-        print(f"epoch {line['epoch']:3}", *figures, mark, left, sep="  ", flush=True)
+        print(*filter(None, [f"epoch {line['epoch']:3}", *figures, mark, left]), sep="  ", flush=True)
         write(f"{self.out}.log.jsonl", "".join(json.dumps(logged) + "\n" for logged in self.log).encode())
         if epochs_left:
             buffer, states = io.BytesIO(), [part.state_dict() for part in self.parts]
-            torch.save((self.common, states, self.log, state), buffer)
+            torch.save((self.must_match, states, self.log, state), buffer)
             write(f"{self.out}.ckpt", buffer.getvalue())
         elif not RANK:
             Path(f"{self.out}.ckpt").unlink(missing_ok=True)

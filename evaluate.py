@@ -213,9 +213,8 @@ def evaluate(args):
         if not possible.any():
             sys.exit(f"all users have fewer than {args.negatives} unseen items to draw; lower --negatives")
         if not possible.all():
-            print(
-                f"note: {(~possible).sum()} users have too few unseen items and are left out", file=sys.stderr
-            )
+            num_left_out = (~possible).sum()
+            print(f"note: {num_left_out} users have too few unseen items: left out", file=sys.stderr)
         users, end = users[possible], end[possible]
     if args.inputs:  # its histories must end with those of `data`
         inputs = read_interactions(args.inputs)
@@ -281,9 +280,8 @@ def print_table(reports, args):
         ]
     names = [Path(r["model"]).stem for r in reports]
     names = names if len(set(names)) == len(names) else [r["model"] for r in reports]
-    columns = [
-        [cell.format(name=name, **r) for _, cell in rows] for name, r in zip(names, reports, strict=True)
-    ]
+    pairs = zip(names, reports, strict=True)
+    columns = [[cell.format(name=name, **r) for _, cell in rows] for name, r in pairs]
     for (label, _), *cells in zip(rows, *columns, strict=True):
         padded = (f"{cell:>{max(map(len, column))}}" for cell, column in zip(cells, columns, strict=True))
         print(f"{label:29}", *padded, sep="  ")
@@ -304,9 +302,8 @@ def recommend(args):
     tables = {f"user {args.recommend}: the last of {len(history)} items, oldest first": history[-10:]}
     for path, (model, config) in zip(args.models, models, strict=True):
         with torch.no_grad():
-            scores = Scorer(model)(torch.from_numpy(data.user_ids[user]), history[None, -config["window"] :])[
-                0
-            ]
+            items = history[None, -config["window"] :]
+            (scores,) = Scorer(model)(torch.from_numpy(data.user_ids[user]), items)
         if not scores.isfinite().all():
             sys.exit(f"{path}: its scores are not finite; train it again with a lower --learning-rate")
         possible = np.setdiff1d(data.catalogue, [] if args.keep_seen else history)
@@ -351,9 +348,7 @@ def read_interactions(path):
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
     items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
     if gaps := catalogue[-1] - len(catalogue):
-        note = (
-            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
-        )
+        note = f"{path}: {gaps:,} item ids below {catalogue[-1]:,} never occur; data/prepare.py renumbers"
         sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
     train_end = starts[1:] - 2 * evaluated
     return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
@@ -443,22 +438,13 @@ def main(argv=None):
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
     add("models", nargs="+", help="model files; the first is the baseline. Load only files you trust")
     add("--at", type=count, nargs="+", default=[5, 10, 20], metavar="K", help="cut-offs of the metrics")
-    add(
-        "--split",
-        choices=["test", "valid"],
-        default="test",
-        help="the last item of each user, or the one before",
-    )
+    splits = ["test", "valid"]
+    add("--split", choices=splits, default="test", help="the last item of each user, or the one before")
     add("--protocol", choices=["full", "uniform", "popularity"], default="full", help="items to rank among")
     add("--negatives", type=count, default=100, help="items drawn per user by uniform and popularity")
     add("--keep-seen", action="store_true", help="also rank items of the history (full ranking)")
     add("--inputs", help="histories for the models to read, with more items before them (related/asrep.py)")
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=0,
-        help="of drawn negatives and users, and of the bootstrap",
-    )
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of negatives, users and the bootstrap")
     add("--users", type=count, help="evaluate only so many users, drawn at random")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
     add("--compile", action="store_true", help="also time the models compiled; needs a C++ compiler")
@@ -466,13 +452,10 @@ def main(argv=None):
     add("--recommend", type=count, metavar="USER", help="print what each model recommends to this user")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     args = parser.parse_args(argv)
-    if (
-        args.ranks
-        and Path(args.ranks).exists()
-        and any(map(Path(args.ranks).samefile, [args.data, *args.models]))
-    ):
-        parser.error(f"--ranks {args.ranks} is an input")
     try:
+        inputs = [args.data, *args.models]
+        if args.ranks and Path(args.ranks).exists() and any(map(Path(args.ranks).samefile, inputs)):
+            parser.error(f"--ranks {args.ranks} is an input")
         if args.recommend is not None:
             recommend(args)
         elif args.json:

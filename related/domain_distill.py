@@ -177,9 +177,7 @@ def read_interactions(path):
     user_ids, starts = users[first].astype(int), np.append(first, len(users))
     items, evaluated, catalogue = items.astype(int, copy=is_text), np.diff(starts) >= 3, np.unique(items)
     if gaps := catalogue[-1] - len(catalogue):
-        note = (
-            f"{path}: {gaps:,} of the item ids 1 to {catalogue[-1]:,} never occur; data/prepare.py renumbers"
-        )
+        note = f"{path}: {gaps:,} item ids below {catalogue[-1]:,} never occur; data/prepare.py renumbers"
         sys.exit(note) if gaps > 10**6 + 100 * len(catalogue) else print(f"note: {note}", file=sys.stderr)
     train_end = starts[1:] - 2 * evaluated
     return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)

@@ -129,6 +129,19 @@ def test_an_option_without_effect_or_sense_is_refused(command, capsys):
     fails(command, IGNORED[command], capsys)
 
 
+STAGE_3 = "emd_distill data.txt --student S.pt2 --out new.pt2"
+STAGE_4 = "bidirectional_distill data.txt --teacher T.pt2 --student S.pt2 --samples 1 --out new"
+
+
+@pytest.mark.parametrize("command, out", [(STAGE_3, "new.pt2"), (STAGE_4, "new-student.pt2")])
+def test_a_student_exported_in_training_is_written_with_dropout_off(command, out):
+    save_model(Path(), teacher.SASRec(20, 8, 8, 1, 1, 0.5), 20, 8, "S.pt2", training=True)
+    run(f"{command} --epochs 1 --learning-rate 0")  # the start stays the best
+    program, ids = torch.export.load(out), torch.ones(5, dtype=int)
+    first, second = (program.module()(ids, torch.arange(1, 41).view(5, 8) % 20 + 1)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_a_search_that_ends_without_a_path_from_the_input_fails(capsys):
     command = (
         "adarec_search data.txt --operations none --cells 1 --nodes 1 --dim 4 --epochs 1 --alpha-warm-up 0"

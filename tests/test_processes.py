@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def words(name, folder):
     return [script, "data.txt", *options, "--batch-size", "7", "--epochs", "2", "--out", f"{folder}/{out}"]
 
 
+def environment_of_two():
+    """What torchrun sets for both of two processes on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    return environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with data, two models in float64, and what two processes make of each command."""
@@ -58,11 +68,7 @@ def folder(tmp_path_factory):
     for name, dim in (("T.pt2", 8), ("S.pt2", 4)):
         sasrec_teacher.main(f"{data} {NEW} --dim {dim} --epochs 0 --out {path / name}".split())
     torch.set_default_dtype(torch.float32)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = environment_of_two()
     commands = [[name, *words(name, f"two {name}")] for name in COMMANDS]
     argv = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
     ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
@@ -115,6 +121,23 @@ def test_processes_that_cannot_work_end_with_one_line(folder, monkeypatch):
         with pytest.raises(SystemExit, match="^2 processes are too many: .*$"):
             module.main([*argv, "--batch-size", "1"])
     assert not Path("bad").exists()
+
+
+def test_a_process_whose_partner_has_died_ends_with_one_line(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    script, *argv = words("ce", "survivor")
+    argv = [sys.executable, ROOT / f"{script}.py", *argv, "--epochs", "100000", "--patience", "100000"]
+    environment, ranks = environment_of_two(), ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    survivor, partner = (
+        subprocess.Popen(argv, env=environment | rank, stdout=-3, stderr=-1, text=True) for rank in ranks
+    )
+    while not Path("survivor/out.pt2.log.jsonl").exists() and survivor.poll() is None:
+        time.sleep(0.1)
+    partner.kill()
+    error = survivor.communicate(timeout=100)[1]
+    partner.communicate()
+    lines = [line for line in error.splitlines() if "Warning" not in line]
+    assert survivor.returncode == 1 and lines == ["another process of torchrun has ended"]
 
 
 def test_processes_draw_the_same_but_for_dropout(monkeypatch):

@@ -57,8 +57,8 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def last_three(x):
-    """Each position of x [B, d, T] and the two before it: [3, B, d, T]. torch's pools export for one T."""
-    return torch.stack([x, F.pad(x, (1, 0))[..., :-1], F.pad(x, (2, 0))[..., :-2]])
+    """The two positions before each one of x [B, d, T], and itself: [3, B, d, T]; torch's pools fix T."""
+    return torch.stack([F.pad(x, (2, 0))[..., :-2], F.pad(x, (1, 0))[..., :-1], x])
 
 
 def running_mean(x):

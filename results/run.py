@@ -10,6 +10,7 @@ need to be where runs/ was lost: --only '*-teacher*' --again.
 
 import argparse
 import fnmatch
+import itertools
 import json
 import os
 import platform
@@ -142,6 +143,67 @@ def adarec():
                 moved = architecture(f"{runs}-from-{other}.json", edges_of(other))
                 if other != scene:
                     yield student(scene, f"from-{other}", moved, seed, short)
+
+
+# ---- AdaRec with students of today, which have no position vectors ---------------------------------------
+
+TEACHER = "--dim 128 --heads 2 --final-rate 0 --patience 99"
+# of each data set: the teacher, and what its search, all its students and the short runs need
+SETS = {
+    "ml-1m": {
+        "teacher": "--max-length 200 --blocks 8 --batch-size 32 --epochs 16",
+        "build": "--max-length 200",
+    },
+    "games": {"teacher": "--blocks 4 --dropout 0.5 --loss sampled --epochs 18", "build": "--dropout 0.5"},
+    "beauty5": {
+        "teacher": "--blocks 4 --dropout 0.5 --loss sampled --batch-size 64 --epochs 40",
+        "build": "--dropout 0.5",
+    },
+}
+RECIPE = "--batch-size 64 --learning-rate 4e-3 --negatives 2048 --final-rate 0 --patience 99"
+LONG, BRIEF = f"{RECIPE} --epochs 24", f"{RECIPE} --epochs 6"
+
+
+def student_of(data, name, path, seed, options):
+    """Name and commands of a student of the architecture at `path`, from random weights."""
+    start, build = f"runs/students/{data}-{name}-{seed}-start", SETS[data]["build"]
+    built = f"adarec_search.py data/{data}.txt --architecture {path} {build} --seed {seed} --out {start}.json"
+    train = f"emd_distill.py data/{data}.txt --student {start}.pt2 {options} --seed {seed}"
+    return f"{data}-{name}-{seed}", [built, train]
+
+
+def better_search(data):
+    """The edges of the search, with its teacher or without, whose student validates better trained alone."""
+    found = [figures("students", f"{data}-search-{how}") for how in ("with", "without")]
+    valid = [figures("students", f"{data}-from-{how}-0").get("valid", 0) for how in ("with", "without")]
+    return found[int(np.argmax(valid))].get("edges")
+
+
+def students():
+    """A teacher for each data set; searches; students of three widths, with the teacher and alone; chance."""
+    for data, options in SETS.items():
+        file, runs = f"data/{data}.txt", f"runs/students/{data}"
+        yield f"{data}-teacher", [f"sasrec_teacher.py {file} {options['teacher']} {TEACHER}"]
+        taught = f"--teacher {runs}-teacher.pt2 --remember"
+        for how, teacher in (("with", taught), ("without", "")):
+            search = f"adarec_search.py {file} {teacher} {options['build']} {SHAPE} {SEARCH}"
+            yield f"{data}-search-{how}", [f"{search} --batch-size 64 --negatives 2048"]
+            path = architecture(
+                f"{runs}-{how}.json", figures("students", f"{data}-search-{how}").get("edges")
+            )
+            yield student_of(data, f"from-{how}", path, 0, BRIEF)
+        for seed, dim in itertools.product(range(3), (64, 128, 32)):
+            path = architecture(f"{runs}-{dim}.json", better_search(data), dim)
+            for name, teacher in (("taught", taught), ("alone", "")):
+                yield student_of(data, f"{dim}-{name}", path, seed, f"{LONG} {teacher}")
+        cost = figures("students", f"{data}-search-with").get("cost", "COST")
+        for k, seed in itertools.product(range(12), range(2)):
+            path = f"{runs}-random{k}.json"
+            draw = (
+                f"adarec_search.py {file} {options['build']} {SHAPE} --random {cost} --seed {k} --out {path}"
+            )
+            name, commands = student_of(data, f"random{k}", path, seed, BRIEF)
+            yield name, [draw, *commands]
 
 
 def demo():
@@ -483,7 +545,13 @@ def serving():
 
 TIMED = {"speed": speed, "processes": processes}
 CLAIMS = {"teacher": teacher, "cost": cost, "adarec": adarec, "demo": demo, "planted": planted}
-CLAIMS |= {"bidirectional": bidirectional, "published": published, "related": related, "serving": serving}
+CLAIMS |= {
+    "students": students,
+    "bidirectional": bidirectional,
+    "published": published,
+    "related": related,
+    "serving": serving,
+}
 CLAIMS |= TIMED
 
 NUMBERS = {  # sections of results/README.md, and what they need
@@ -653,6 +721,8 @@ def figures_of(claim, name, command, out, data):
         return found | {"cost": float(printed.split("cost ")[-1].split(",")[0])}
     report = evaluated(data, out, [10])
     found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
+    if claim == "students" and re.search("taught|alone|teacher", name):
+        found["ranks"] = report["ranks"]
     if claim == "teacher" and "games" in data:
         report = evaluated(data, out, [10], "--protocol", "uniform")
         found |= {f"sampled {key}": report[key] for key in ("HR@10", "NDCG@10")}

@@ -154,7 +154,7 @@ SETS = {
         "teacher": "--max-length 200 --blocks 8 --batch-size 32 --epochs 16",
         "build": "--max-length 200",
     },
-    "games": {"teacher": "--blocks 4 --dropout 0.5 --loss sampled --epochs 18", "build": "--dropout 0.5"},
+    "games": {"teacher": "--blocks 4 --dropout 0.5 --loss sampled --epochs 18", "build": ""},
     "beauty5": {
         "teacher": "--blocks 4 --dropout 0.5 --loss sampled --batch-size 64 --epochs 40",
         "build": "--dropout 0.5",

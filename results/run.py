@@ -157,7 +157,7 @@ SETS = {
     "games": {"teacher": "--blocks 4 --dropout 0.5 --loss sampled --epochs 18", "build": ""},
     "beauty5": {
         "teacher": "--blocks 4 --dropout 0.5 --loss sampled --batch-size 64 --epochs 40",
-        "build": "--dropout 0.5",
+        "build": "",
     },
 }
 RECIPE = "--batch-size 64 --learning-rate 4e-3 --negatives 2048 --final-rate 0 --patience 99"

@@ -55,11 +55,11 @@ def reversed_histories(data):
 
 
 @torch.no_grad()
-def prior_items(model, ids, histories, k, max_length, device):
+def prior_items(model, ids, histories, k, catalogue, max_length, device):
     """`k` items before each history, the latest of them first: [B, k].
 
-    Each is the item with the best score that is neither in the history nor generated yet. `model` was trained
-    backwards; ids [B]; `histories` are B arrays of items, newest first.
+    Each is the item of the `catalogue` with the best score that is neither in the history nor generated yet.
+    `model` was trained backwards; ids [B]; `histories` are B arrays of items, newest first.
     """
     lengths = np.array([len(history) for history in histories])
     table = np.zeros((len(histories), lengths.max() + k), np.int64)  # a history and its items a row
@@ -71,7 +71,8 @@ def prior_items(model, ids, histories, k, max_length, device):
         window = pad_batch(table.ravel(), np.maximum(first, end - max_length), end).to(device)
         _, output, item_vectors = model(torch.from_numpy(ids).to(device), window)
         scores = last_output(output, window) @ item_vectors.T  # [B, V+1]
-        scores.scatter_(1, torch.from_numpy(table).to(device), -math.inf)[:, 0] = -math.inf
+        scores.scatter_(1, torch.from_numpy(table).to(device), -math.inf)
+        scores[:, np.setdiff1d(np.arange(scores.shape[1]), catalogue)] = -math.inf
         table.ravel()[end] = scores.argmax(1).cpu().numpy()
     return np.take_along_axis(table, lengths[:, None] + np.arange(k), 1)
 
@@ -88,7 +89,8 @@ def lengthened_histories(model, data, max_length, args):
     for n in range(0, len(short), 256):
         users = short[n : n + 256]
         known = [data.items[data.starts[user] : known_end[user]][::-1] for user in users]
-        items = prior_items(model, data.user_ids[users], known, args.items, max_length, args.device)
+        of_users = model, data.user_ids[users], known, args.items, data.catalogue
+        items = prior_items(*of_users, max_length, args.device)
         prior |= zip(users.tolist(), items[:, ::-1].tolist(), strict=True)  # oldest first
     rows = []
     for user, history in enumerate(np.split(data.items, data.starts[1:-1])):
@@ -109,8 +111,8 @@ def augment(args):
         model, config = load_model(args.backward, data, args.device, any_data=True)
         if config.get("data_sha256", checksum(rows)) != checksum(rows):
             sys.exit(f"{args.backward} was trained on other data than the reversed histories of {args.data}")
-        if args.items + args.shorter_than + 2 > data.items.max():
-            sys.exit(f"{args.data} has {data.items.max()} items: too few for --shorter-than and --items")
+        if args.items + args.shorter_than + 2 > len(data.catalogue):
+            sys.exit(f"{args.data} has {len(data.catalogue)} items: too few for --shorter-than and --items")
         rows = lengthened_histories(model, data, config["max_length"], args)
         config = {name: config[name] for name in ("items", "max_length")}
         config |= {"stage": Path(__file__).stem, "data_sha256": checksum(rows)}

@@ -70,6 +70,8 @@ def split(args):
     """
     data = read_interactions(args.data)
     lengths, last = np.diff(data.starts), f"{data.user_ids.max() + 1} {data.items.max()}\n"
+    if (lengths <= np.median(lengths)).all():
+        sys.exit(f"{args.data}: no history is longer than the median, so there is no source domain")
     for name, chosen in (("source", lengths > np.median(lengths)), ("target", lengths <= np.median(lengths))):
         kept = np.repeat(chosen, lengths)
         rows = zip(np.repeat(data.user_ids, lengths)[kept], data.items[kept], strict=True)

@@ -131,17 +131,24 @@ def test_what_is_refused(module, words, message, capsys):
 
 @pytest.mark.parametrize("max_length", [3, 50])
 def test_prior_items_are_the_best_one_after_the_other(max_length):
-    model, rng = Sum(13, 13), np.random.default_rng(0)
+    model, rng, catalogue = Sum(15, 15), np.random.default_rng(0), np.arange(1, 13)  # 13 and 14 never occur
     histories = [rng.permutation(12)[:n] + 1 for n in (1, 4, 6)]
-    prior = asrep.prior_items(model, np.array([1, 2, 3]), histories, 5, max_length, "cpu")
+    prior = asrep.prior_items(model, np.array([1, 2, 3]), histories, 5, catalogue, max_length, "cpu")
     for history, items in zip(histories, prior.tolist(), strict=True):
         known = history.tolist()
         for item in items:
             score = model.weight.detach()[known[-max_length:]].sum(0)
             assert item == max({*range(1, 13)} - {*known}, key=lambda i: score[i].item())
             known.append(item)
-        alone = asrep.prior_items(model, np.array([1]), [history], 5, max_length, "cpu")
+        alone = asrep.prior_items(model, np.array([1]), [history], 5, catalogue, max_length, "cpu")
         assert alone.tolist() == [items]  # the padding beside longer histories plays no part
+
+
+def test_equal_histories_are_no_two_domains(write_data):
+    write_data({1: [1, 2, 3], 2: [2, 3, 1]}, "equal.txt")
+    with pytest.raises(SystemExit, match="no history is longer than the median"):
+        run(domain_distill, "equal.txt --split --out new")
+    assert not any(Path().glob("new*"))
 
 
 def test_short_histories_get_longer_and_know_no_test_item(write_data):
@@ -153,7 +160,9 @@ def test_short_histories_get_longer_and_know_no_test_item(write_data):
     assert longer.keys() == HISTORIES.keys()
     for user, history in HISTORIES.items():
         known, k = np.array(history[:-2][::-1]), 3 * (1 <= len(history) - 2 < 4)
-        prior = asrep.prior_items(model, np.array([user]), [known], k, 9, "cpu")[0, ::-1].tolist()
+        catalogue = np.unique(np.concatenate([*HISTORIES.values()]))
+        prior = asrep.prior_items(model, np.array([user]), [known], k, catalogue, 9, "cpu")
+        prior = prior[0, ::-1].tolist()
         assert longer[user] == prior + history and len({*prior} - {*history[:-2]}) == k
     # other validation and test items: the same items are generated, unless --whole shows them to the model
     last = {u: [h[-1] % 30 + 1, h[-2] % 30 + 1] if len(h) > 2 else h[-2:] for u, h in HISTORIES.items()}

@@ -68,17 +68,38 @@ def test_compiled_scores_are_the_eager_ones(tmp_path):
             torch.testing.assert_close(service(users, items), scorer(users, items), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
-def test_the_snippet_of_the_readme_recommends_unseen_items(tmp_path, monkeypatch, capsys):
+def snippet_of_readme(folder, monkeypatch):
+    """The snippet of README.md, and the model that stands where it looks for one."""
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len([line for line in snippet.splitlines() if line]) <= 15
     torch.manual_seed(0)
     model = search.Student(200, 8, [search.Cell(8, [["conv3"], ["max_pool", "skip"]])], 0.2)
-    (tmp_path / "runs").mkdir()
-    save_model(tmp_path, model, 200, 20, "runs/student.pt2", sees=5)
-    monkeypatch.chdir(tmp_path)
+    (folder / "runs").mkdir()
+    save_model(folder, model, 200, 20, "runs/student.pt2", sees=5)
+    monkeypatch.chdir(folder)
+    return snippet, model
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_the_snippet_of_the_readme_recommends_unseen_items(tmp_path, monkeypatch, capsys):
+    snippet, model = snippet_of_readme(tmp_path, monkeypatch)
     exec(compile(snippet, "README.md", "exec"), {})
     recommended = eval(capsys.readouterr().out)
     _, output, item_vectors = model.eval()(None, torch.tensor([[50, 181, 172]]))
     scores = output[0, -1] @ item_vectors.T
     scores[[0, 50, 181, 172]] = -torch.inf
     assert recommended == scores.topk(10).indices.tolist()
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_the_program_of_the_readme_gives_the_same_scores_as_onnx(tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    runtime, snippet = pytest.importorskip("onnxruntime"), snippet_of_readme(tmp_path, monkeypatch)[0]
+    exec(compile(snippet, "README.md", "exec"), variables := {})
+    torch.onnx.export(variables["program"], f="service.onnx")
+    session = runtime.InferenceSession("service.onnx")
+    for history in ([3], [50, 181, 172]):
+        items = torch.tensor([history])
+        (scores,) = session.run(None, {session.get_inputs()[0].name: items.numpy()})
+        torch.testing.assert_close(torch.from_numpy(scores), variables["service"](items), rtol=0, atol=2e-6)

@@ -8,10 +8,10 @@ search trains `alpha` and the weights together, on
 
     L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred) + beta L_cost
 
-Reads   interactions, `user item` a row (data/README.md), and a teacher (README.md, "The model file").
+Reads   interactions, `user item` per row (data/README.md), and a teacher (README.md, "The model file").
         Without a teacher, gamma is 0.
 Writes  OUT, the architecture as JSON. Beside it, as .pt2, the student with the weights that the search found.
-        OUT.log.jsonl, a line an epoch.
+        OUT.log.jsonl, a line per epoch.
 Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
         The student has K cells of d_S features, with E edges and |O| operations an edge.
         The teacher has L_T layers of d_T features.
@@ -22,7 +22,6 @@ Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is 
 import argparse
 import copy
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -57,7 +56,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def last_three(x):
-    """The two positions before each one of x [B, d, T], and itself: [3, B, d, T]; torch's pools fix T."""
+    """Each position of x [B, d, T] after the two before it: [3, B, d, T]. torch's pools export for one T."""
     return torch.stack([F.pad(x, (2, 0))[..., :-2], F.pad(x, (1, 0))[..., :-1], x])
 
 
@@ -72,13 +71,13 @@ class Operation(NamedTuple):
     width: int = 0  # of a convolution: its taps, `dilation` positions apart
     dilation: int = 1
     function: Callable | None = None
-    reach: float = 0  # of a function: how many positions back it looks
+    function_looks_back: float = 0  # how many positions; -inf: the function ignores x
     multiply_adds: int = 0  # of a function, for each position and channel
 
     @property
     def looks_back(self):
         """How many positions back the operation looks."""
-        return self.reach if self.function else self.dilation * (self.width - 1)
+        return self.function_looks_back if self.function else self.dilation * (self.width - 1)
 
 
 OPERATIONS = {
@@ -86,12 +85,14 @@ OPERATIONS = {
     "conv5": Operation(width=5),
     "dilated_conv3": Operation(width=3, dilation=2),
     "dilated_conv5": Operation(width=5, dilation=2),
-    "avg_pool": Operation(function=lambda x: last_three(x).mean(0), reach=2, multiply_adds=3),
+    "avg_pool": Operation(function=lambda x: last_three(x).mean(0), function_looks_back=2, multiply_adds=3),
     # x = ReLU(x_i) is not negative, so the padding is never the maximum
-    "max_pool": Operation(function=lambda x: last_three(x).max(0).values, reach=2, multiply_adds=3),
+    "max_pool": Operation(
+        function=lambda x: last_three(x).max(0).values, function_looks_back=2, multiply_adds=3
+    ),
     "skip": Operation(function=lambda x: x),
-    "none": Operation(function=torch.zeros_like, reach=-math.inf),
-    "mean": Operation(function=running_mean, reach=math.inf, multiply_adds=1),
+    "none": Operation(function=torch.zeros_like, function_looks_back=-math.inf),
+    "mean": Operation(function=running_mean, function_looks_back=math.inf, multiply_adds=1),
 }
 
 # ---- The student: K cells of one architecture ------------------------------------------------------------
@@ -161,7 +162,7 @@ class Student(nn.Module):
 
 def receptive_field(edges, num_cells=1):
     """How many items the output of `num_cells` cells depends on. 0: the input of a cell reaches no node."""
-    looks_back = [0]  # of each node; -inf if the input does not reach it
+    looks_back = [0]  # of each node; -inf if each path from the input has a `none`
     for row in edges:
         paths = zip(row, looks_back, strict=True)
         looks_back.append(max(OPERATIONS[name].looks_back + before for name, before in paths))
@@ -175,8 +176,8 @@ def receptive_field(edges, num_cells=1):
 class MixedEdges(nn.Module):
     """The edges from one node to `num_targets` later nodes. Each edge computes sum_o y_o o(x).
 
-    A weighted sum of convolutions is one convolution, with the weighted sum of their kernels. So this takes
-    half the time of one convolution for each operation.
+    A weighted sum of convolutions is one convolution, with the weighted sum of their kernels. One merged
+    convolution takes half the time of all of them one by one.
     """
 
     def __init__(self, dim, num_targets):
@@ -189,21 +190,21 @@ class MixedEdges(nn.Module):
 
     def forward(self, x, y):
         """x [B, d, T], not negative; y [targets, |O|] -> [B, targets, d, T]."""
-        functions, weights = [], []
-        reach = max(OPERATIONS[name].looks_back for name in self.convolutions)
-        kernel, bias = x.new_zeros(len(y), x.shape[1], x.shape[1], reach + 1), x.new_zeros(len(y), x.shape[1])
+        functions, weights, sizes = [], [], (len(y), x.shape[1])  # [targets, d]
+        longest = max(OPERATIONS[name].looks_back for name in self.convolutions)
+        kernel, bias = x.new_zeros(*sizes, x.shape[1], longest + 1), x.new_zeros(sizes)
         for y_o, (name, operation) in zip(y.T, OPERATIONS.items(), strict=True):
             if operation.function:
                 functions.append(operation.function(x))
                 weights.append(y_o)
             else:
                 convolution = self.convolutions[name]
-                taps = slice(reach - operation.looks_back, None, operation.dilation)  # the newest is the last
-                kernel[..., taps] += y_o[:, None, None, None] * convolution.weight.unflatten(0, bias.shape)
-                bias += y_o[:, None] * convolution.bias.unflatten(0, bias.shape)
-        convolved = F.conv1d(F.pad(x, (reach, 0)), kernel.flatten(0, 1), bias.flatten())
+                taps = slice(longest - operation.looks_back, None, operation.dilation)  # the newest is last
+                kernel[..., taps] += y_o[:, None, None, None] * convolution.weight.unflatten(0, sizes)
+                bias += y_o[:, None] * convolution.bias.unflatten(0, sizes)
+        convolved = F.conv1d(F.pad(x, (longest, 0)), kernel.flatten(0, 1), bias.flatten())
         weighted = torch.einsum("oj,obdt->bjdt", torch.stack(weights), torch.stack(functions))
-        return convolved.unflatten(1, bias.shape) + weighted
+        return convolved.unflatten(1, sizes) + weighted
 
 
 class MixedCell(nn.Module):
@@ -259,10 +260,10 @@ def derive(supernet, edges):
         for j, row in enumerate(cell.edges, 1):
             for i, edge in enumerate(row):
                 if not edge.operation.function:
-                    source = mixed.sources[i].convolutions[edge.name]
-                    of_target = slice((j - i - 1) * dim, (j - i) * dim)
-                    edge.convolution.weight.data = source.weight.data[of_target].clone()
-                    edge.convolution.bias.data = source.bias.data[of_target].clone()
+                    source = mixed.sources[i].convolutions[edge.name]  # its first target is node i + 1
+                    target_channels = slice((j - i - 1) * dim, (j - i) * dim)
+                    edge.convolution.weight.data = source.weight.data[target_channels].clone()
+                    edge.convolution.bias.data = source.bias.data[target_channels].clone()
         student.cells[k] = cell
     return student
 
@@ -271,9 +272,9 @@ def derive(supernet, edges):
 
 
 def operation_costs(dim, num_nodes):
-    """cost(o) [|O|], float64: half its share of parameters, half its share of multiply-adds.
+    """cost(o) = (parameters(o) / max + multiply_adds(o) / max) / 2 / num_edges: float64 [|O|].
 
-    The most expensive architecture with `num_nodes` nodes costs 1. This scale is not in the paper.
+    Each maximum is over the operations. So the most expensive architecture costs 1 (a scale of our own).
     """
     operations = OPERATIONS.values()
     parameters = [operation.width * dim * dim + dim * (not operation.function) for operation in operations]
@@ -286,7 +287,7 @@ def operation_costs(dim, num_nodes):
 def cost_loss(p, costs):
     """L_cost = sum_edges sum_o p_o cost(o), the expected cost at p = softmax(alpha) [E, |O|]; costs [|O|].
 
-    The paper uses the drawn y instead of p. Both have the same mean, but p has no sampling noise.
+    The paper uses the drawn y. The mean of y is p, and p has no sampling noise.
     """
     return (p * costs).sum()
 
@@ -338,8 +339,8 @@ class ItemLosses(torch.autograd.Function):
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
     """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
-    A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
-    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
+    Likely items are drawn too often. This is corrected: each score is lowered by `log_count` [k], the log of
+    the item's expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
     scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
@@ -358,7 +359,7 @@ def kl_distances(student, teacher):
 
 
 def transport(w_S, w_T, distance):
-    """The cheapest flow [L_S, L_T]: min sum_ij F_ij D_ij, F >= 0, with row sums w^S and column sums w^T.
+    """The flow [L_S, L_T] >= 0 of least cost sum_ij flow_ij D_ij, with row sums w^S and column sums w^T.
 
     w^S [L_S] and w^T [L_T] say how much each layer of student and teacher takes part. Each sums to 1. The
     arguments and `distance`, D [L_S, L_T], are float64 arrays.
@@ -379,24 +380,24 @@ def transport(w_S, w_T, distance):
 
 
 def emd_loss(distance, flow):
-    """L_hid = sum_ij F_ij D_ij. F is constant: the optimal F is the gradient of the least cost in D."""
+    """L_hid = sum_ij flow_ij D_ij. The flow gets no gradient: at the optimum, dL_hid/dD is the flow."""
     return (torch.as_tensor(flow).to(distance) * distance).sum()
 
 
-def updated_weights(weights, paid, tau_w=10.0):
-    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = paid_i / w_i.
+def updated_weights(weights, cost, tau_w=10.0):
+    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = cost_i / w_i.
 
-    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. Not in the paper: c_i
-    is raised to 1/100 of the sum. A c_i of 0 would divide by zero, a tiny one would take all the weight.
+    weights w [L] are positive; cost [L] = sum_j flow_ij D_ij. Cheap layers get more weight. Not in the paper:
+    c_i is at least 1/100 of the sum, so that no layer takes all the weight. If all c_i are 0, w is uniform.
     """
-    c = paid / weights
+    c = cost / weights
     if c.sum() <= 0:
         return np.full(len(weights), 1 / len(weights))
     return special.softmax(c.sum() / np.maximum(c, c.sum() / 100) / tau_w)
 
 
 def distillation_loss(
-    student, teacher, target, negatives, layer_weights, projections, gamma, distances, flow_of
+    student, teacher, target, negatives, layer_weights, projections, gamma, distance_function, flow_function
 ):
     """(1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred); without a teacher, L_CE.
 
@@ -406,8 +407,10 @@ def distillation_loss(
     negatives      () for all items; or negative items [k] and log_count [k]
     layer_weights  w^S [L_S] and w^T [L_T]
     projections    W_e and W_h, from d_S to d_T
-    distances      a function: D [L_S, L_T] of the layers of both
-    flow_of        a function: the flow [L_S, L_T] of w^S, w^T and D
+    distance_function(layers of the student after W_h, layers of the teacher) -> D [L_S, L_T]
+    flow_function(w^S, w^T, D) -> flow [L_S, L_T]
+
+        L_emb = mean of (E^S W_e - E^T)^2, with E = hidden[0]        L_hid = sum_ij flow_ij D_ij
 
     Returns the loss; its terms by name; the flow; the layer weights of the next step.
     """
@@ -420,39 +423,39 @@ def distillation_loss(
         if teacher:
             log_q = sampled_log_softmax(output_T, vectors_T, target, *negatives)
             l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
-        loss = (1 - gamma) * l_ce + gamma * l_pred
+        item_loss = (1 - gamma) * l_ce + gamma * l_pred
     else:
-        loss, l_ce, l_pred = ItemLosses.apply(output, item_vectors, target, output_T, vectors_T, gamma)
+        item_loss, l_ce, l_pred = ItemLosses.apply(output, item_vectors, target, output_T, vectors_T, gamma)
     if not teacher:
-        return loss, {"L_CE": l_ce}, np.zeros(0), layer_weights
+        return item_loss, {"L_CE": l_ce}, np.zeros(0), layer_weights
     (W_e, W_h), (w_S, w_T) = projections, layer_weights
     l_emb = F.mse_loss(W_e(hidden[0]), hidden_T[0])
-    D = distances(W_h(hidden[1:]), hidden_T[1:])  # [L_S, L_T]
+    D = distance_function(W_h(hidden[1:]), hidden_T[1:])  # [L_S, L_T]
     # the mean over the positions of all processes, in float64
     sums = [D.detach().double().cpu() * len(target), torch.tensor(len(target), dtype=torch.float64)]
     sum_over_processes(sums)
-    cost = (sums[0] / sums[1]).numpy()
-    flow = flow_of(w_S, w_T, cost)
+    mean_D = (sums[0] / sums[1]).numpy()
+    flow = flow_function(w_S, w_T, mean_D)
     l_hid = emd_loss(D, flow)
-    paid = flow * cost  # [L_S, L_T]
-    layer_weights = [updated_weights(w_S, paid.sum(1)), updated_weights(w_T, paid.sum(0))]
+    cost = flow * mean_D  # [L_S, L_T]
+    layer_weights = [updated_weights(w_S, cost.sum(1)), updated_weights(w_T, cost.sum(0))]
     terms = {"L_CE": l_ce, "L_emb": l_emb, "L_hid": l_hid, "L_pred": l_pred}
-    return loss + gamma * (l_emb + l_hid), terms, flow, layer_weights
+    return item_loss + gamma * (l_emb + l_hid), terms, flow, layer_weights
 
 
-def ask_teacher(teacher, ids, inputs, real, batch, answers):
+def ask_teacher(teacher, ids, inputs, real, batch, cache):
     """hidden [L_T+1, N, d_T], output [N, e] and item vectors of the teacher, at the `real` positions.
 
-    With a dictionary `answers`, the answer for each history of `batch` is computed once and then reused.
+    With a dictionary `cache`, the answer for each history of `batch` is computed once and then reused.
     """
-    if answers is not None and answers.keys() >= set(batch):
-        hidden, output = zip(*(answers[history] for history in batch), strict=True)
-        return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
+    if cache is not None and cache.keys() >= set(batch):
+        hidden, output = zip(*(cache[history] for history in batch), strict=True)
+        return torch.cat(hidden, 1), torch.cat(output), cache["item_vectors"]
     hidden, output, item_vectors = teacher(ids, inputs)
     hidden, output = hidden[:, real], output[real]
-    if answers is not None:
-        lengths, answers["item_vectors"] = real.sum(1).tolist(), item_vectors
-        answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
+    if cache is not None:
+        lengths, cache["item_vectors"] = real.sum(1).tolist(), item_vectors
+        cache |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
     return hidden, output, item_vectors
 
 
@@ -495,8 +498,9 @@ def search(args):
     num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
     sampler = SharedNegatives(data, histories) if args.negatives else None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    settings = {"projections": W, "gamma": args.gamma, "distances": kl_distances, "flow_of": transport}
-    distil, answers = functools.partial(distillation_loss, **settings), {} if args.remember else None
+    settings = {"projections": W, "gamma": args.gamma}
+    settings |= {"distance_function": kl_distances, "flow_function": transport}
+    teacher_cache = {} if args.remember else None
     models = [Path(args.out).with_suffix(".pt2")]
     run = Run(args, data, models, [supernet, nn.ParameterList([alpha]), W, optimizer])
     layer_weights = [np.array(weights) for weights in run.state.get("layer_weights", layer_weights)]
@@ -512,11 +516,12 @@ def search(args):
             p = alpha.softmax(-1)
             y = p.detach() if alpha_waits else choose(alpha, tau, args.relaxation, rng)
             hidden, output, item_vectors = supernet(ids, inputs, y)
-            of_student = hidden[:, real], output[real], item_vectors
-            of_teacher = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
+            of_both = [(hidden[:, real], output[real], item_vectors), None]
+            if teacher:
+                of_both[1] = ask_teacher(teacher, ids, inputs, real, local, teacher_cache)
             negatives = [x.to(args.device) for x in sampler.draw(args.negatives, rng)] if sampler else ()
-            outputs = of_student, of_teacher
-            loss, terms, flow, layer_weights = distil(*outputs, target, negatives, layer_weights)
+            results = distillation_loss(*of_both, target, negatives, layer_weights, **settings)
+            loss, terms, flow, layer_weights = results
             terms["L_cost"] = cost_loss(p, costs)
             loss = loss + args.beta * terms["L_cost"]
             optimizer.zero_grad()
@@ -530,9 +535,9 @@ def search(args):
             flows = flows + lengths[batch].sum() * flow
         sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(f"the loss is not finite in epoch {epoch}; remove OUT.ckpt and lower --learning-rate")
+            sys.exit(f"the loss of epoch {epoch} is not finite; remove OUT.ckpt, lower --learning-rate")
         line = {"epoch": epoch, **dict(zip(terms, (total / num_positions).tolist(), strict=True)), "tau": tau}
-        line |= {"seconds": time.time() - start, "sure": alpha.softmax(-1).amax(-1).mean().item()}
+        line |= {"seconds": time.time() - start, "mean_max_p": alpha.softmax(-1).amax(-1).mean().item()}
         edges = best_edges(alpha)
         if epoch == args.epochs and not receptive_field(edges):
             sys.exit("the search ends in cells that ignore their input; remove OUT.ckpt and lower --beta")
@@ -563,7 +568,7 @@ def random_edges(num_nodes, names, costs, cost, rng):
     """Random edges, with a cost within 10 % of `cost`, or any if `cost` is infinite; costs [|O|]."""
     choices = [o for o, name in enumerate(OPERATIONS) if name in names and costs[o] <= 1.1 * cost]
     for _ in range(100_000):
-        drawn = rng.choice(choices, num_nodes * (num_nodes + 1) // 2)
+        drawn = rng.choice(choices, num_nodes * (num_nodes + 1) // 2)  # an operation for each edge
         edges = best_edges(np.eye(len(OPERATIONS))[drawn])
         if abs(costs[drawn].sum() - cost) <= cost / 10 and receptive_field(edges):
             return edges
@@ -615,10 +620,10 @@ class SharedNegatives:
 
 
 def with_dropout(module, on):
-    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+    """Switch the dropout of a loaded program `on` or off: its module has no working .train() and .eval().
 
     Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
-    stays as it was exported.
+    stays as it was exported. Returns `module`.
     """
     aten = torch.ops.aten
     place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
@@ -640,7 +645,7 @@ Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
@@ -673,7 +678,7 @@ def read_interactions(path):
 
 
 def training_part(data, max_length, seed, limit=10_000):
-    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+    """Histories to train on, and the users to validate on, an array of indices into user_ids.
 
     A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
     are validated on, drawn at random.
@@ -707,10 +712,10 @@ def batch_of(data, histories, batch, device):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
+    """The random generator and the batches (arrays of indices) of this epoch, the same in every process.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
-    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
+    Also seeds torch for this epoch. Histories are shuffled, cut into groups, and sorted by `lengths` within a
+    group, so that batches have little padding. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -781,9 +786,9 @@ def export(model, max_length):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
-    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
-    other data, unless `any_data`.
+    This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
+    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
+    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -817,8 +822,8 @@ def load_model(path, data, device, any_data=False):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
-    checkpoint holds: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
+    checkpoint held: tensors and plain values, by name.
     """
 
     def __init__(self, args, data, models, parts=()):
@@ -876,7 +881,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+
+        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
@@ -914,7 +922,7 @@ def main(argv=None):
     """Read the command line, then search or build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, count, fraction = parser.add_argument, number(int, 1), number(float, 0, 1)
-    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("data", help="interactions, `user item` per row: .txt or .npy (data/README.md)")
     add("--teacher", help="model file to learn from; without it, gamma is 0. Load only files you trust")
     add("--out", required=True, help="architecture to write, such as runs/architecture.json")
     add = parser.add_mutually_exclusive_group().add_argument

@@ -7,10 +7,10 @@ items drawn by how much their rankings disagree:
 
     L_T = L_CF(T) + lambda_S->T L_BD(T;S)        L_S = L_CF(S) + lambda_T->S L_BD(S;T)
 
-Reads   interactions, `user item` a row (data/README.md), and two model files (README.md, "The model file").
-        The files are of trained sequence models, or of this script. --base bpr and cdae need no files.
-Writes  OUT-teacher.pt2 and OUT-student.pt2, each of its epoch with the best validation NDCG@10. The choice
-        is among the epochs of joint training and the start. OUT.log.jsonl, a line an epoch.
+Reads   interactions, `user item` per row (data/README.md), and two model files (README.md, "The model file").
+        The files are of trained sequence models, or of an earlier run. --base bpr and cdae need no files.
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each of its epoch with the best validation NDCG@10: an epoch of
+        joint training, or the model before it. OUT.log.jsonl, a line per epoch.
 Shapes  B users (bpr: pairs of user and item), T positions, N observed items of a batch. V items, e features
         of an output, k samples, n interactions. Item 0 is padding.
 
@@ -58,11 +58,12 @@ def rank_items(scores, observed):
     """
     num_items = scores.shape[1]
     unobserved = np.where(observed, -np.inf, scores)
-    order = np.argsort(-unobserved, axis=1)  # quicksort: equal scores in any order
-    ranked = np.take_along_axis(unobserved, order, 1)
-    place = np.cumsum(ranked[:, 1:] != ranked[:, :-1], axis=1)  # equal scores have the same
-    place = np.pad(place, ((0, 0), (1, 0)))
-    order = np.sort(place * num_items + order, axis=1) % num_items  # and stand by id
+    # order = np.argsort(-unobserved, axis=1, kind="stable"), but faster: quicksort, then equal scores by id
+    order = np.argsort(-unobserved, axis=1)
+    in_order = np.take_along_axis(unobserved, order, 1)
+    group = np.cumsum(in_order[:, 1:] != in_order[:, :-1], axis=1)  # equal scores are a group
+    group = np.pad(group, ((0, 0), (1, 0)))
+    order = np.sort(group * num_items + order, axis=1) % num_items
     rank = np.zeros(scores.shape, np.int32)
     np.put_along_axis(rank, order, np.arange(1, num_items + 1, dtype=np.int32)[None], 1)
     return np.where(observed, 0, rank)
@@ -74,13 +75,14 @@ def p_student_to_teacher(rank_T, rank_S, epsilon):
     These items teach the teacher: mostly those where the student is far ahead, sometimes any unobserved one.
     """
     exponent = (rank_T - rank_S).astype(np.float32) * np.float32(epsilon)
+    # the factor exp(-max) avoids overflow and cancels
     return np.exp(exponent - exponent.max(-1, keepdims=True, initial=-np.inf)) * (rank_T > 0)
 
 
 def p_teacher_to_student(rank_T, rank_S, epsilon):
-    """p_{T->S}(i|u), not normalised: tanh(max((rank_S(i) - rank_T(i)) epsilon_t, 0)). All are [B, V].
+    """p_{T->S}(i|u), not normalised: tanh(max((rank_S(i) - rank_T(i)) epsilon_t, 0)). Ranks and p are [B, V].
 
-    These items teach the student: those where the teacher is ahead, all alike where it is far ahead.
+    These items teach the student: those where the teacher is ahead, nearly alike where it is far ahead.
     """
     ahead = np.maximum((rank_S - rank_T).astype(np.float32) * np.float32(epsilon), 0)
     return np.tanh(ahead) * (rank_T > 0)
@@ -90,7 +92,7 @@ def sampling_weights(rank_T, rank_S, args):
     """The weights [B, V] by which items are drawn, for the teacher and for the student.
 
     `uniform` takes all unobserved items alike, `top` the TOP best items of the other model. The sign
-    `published` swaps the ranks: the published code numbers items in ascending order of score.
+    `published` swaps the ranks, because the published code gives the best item the largest rank.
     """
     if args.sampling == "uniform":
         return (rank_T > 0).astype(np.float32), (rank_T > 0).astype(np.float32)
@@ -103,7 +105,7 @@ def sampling_weights(rank_T, rank_S, args):
 
 
 def draw_items(p, size, rng):
-    """Items, with replacement: item i, from 1, with probability p[i - 1] / sum. p [V] -> int32 of `size`.
+    """Draw items with replacement: i of 1..V with probability p[i - 1] / sum(p). p [V] -> int32 of `size`.
 
     If all of p is 0, all items are 0, which is padding.
     """
@@ -113,8 +115,9 @@ def draw_items(p, size, rng):
     return 1 + np.searchsorted(cumulated, rng.random(size) * cumulated[-1], side="right").astype(np.int32)
 
 
-# ---- L_BD (section 3.1) and L_CF: sums over the observed items of a batch --------------------------------
-# items [B, T], 0 for padding, with k negatives [B, T, k] each; states and output [B, T, e]
+# ---- L_BD (section 3.1), a sum over drawn items, and L_CF, a sum over the observed items of a batch ------
+# items [B, T], 0 for padding, with k negatives [B, T, k] each. output [B, T, e] is a model's; row t of states
+# [B, T, e] scores item t.
 
 
 def bd_loss(z_A, z_B, tau):
@@ -133,7 +136,7 @@ def logits(states, item_vectors, items):
 
 
 def observed_logits(states, item_vectors, items, negatives):
-    """z_i [N, 1] of the observed `items`, and z_j [N, k] of their negatives. The `states` score them."""
+    """z_i [N, 1] of the observed `items`, and z_j [N, k] of their negatives."""
     real = items > 0
     # one look-up for both, because the gradient of a look-up is as large as the table
     z = logits(states[real], item_vectors, torch.cat([items[..., None], negatives], -1)[real])
@@ -159,7 +162,7 @@ def cdae_loss(output, item_vectors, items, negatives):
 
 
 def next_item_loss(output, item_vectors, items, negatives):
-    """L_CF of a sequence model: point-wise. The state after the items before it scores an item."""
+    """L_CF of a sequence model: point-wise. The output after items 1 to t - 1 scores item t."""
     return pointwise_loss(output[:, :-1], item_vectors, items[:, 1:], negatives[:, 1:])
 
 
@@ -171,10 +174,10 @@ def softmax_loss(output, item_vectors, items, negatives):
 
 
 def zero_logit(base, state, item_vectors):
-    """The score [B, 1] that counts as z = 0 in L_BD; state [B, e].
+    """The score [B, 1] that is subtracted from all scores of a user to obtain the z of L_BD; state [B, e].
 
     A softmax does not change if a constant is added to all scores, so it has no zero. With --base softmax the
-    user's score at rank TOP counts as 0 (not in the paper).
+    user's score at rank TOP among all items counts as 0 (not in the paper).
     """
     if base != "softmax":
         return torch.zeros_like(state[:, :1])
@@ -231,9 +234,9 @@ class CDAE(nn.Module):
 OPTIONS = "learning_rate temperature epsilon_exp epsilon_tanh batch_size warm_up_weight_decay"
 OPTIONS += " samples warm_up epochs"
 Defaults = namedtuple("Defaults", OPTIONS)
-BPR_DEFAULTS = Defaults(1e-3, 5.0, 1e-4, 1e-2, 128, [7.8e-6, 0.0], 1, 1000, 100)
-CDAE_DEFAULTS = Defaults(2e-3, 2.0, 1e-4, 1e-4, 128, [3.4e-7, 3.4e-7], 5, 1000, 1000)
-SEQUENCE_DEFAULTS = Defaults(1e-3, 1.0, 1e-3, 1e-2, 32, [0.0, 0.0], 1, 0, 20)
+BPR_DEFAULTS = Defaults(1e-3, 5.0, 1e-4, 1e-2, 128, [7.8e-6, 0.0], samples=1, warm_up=1000, epochs=100)
+CDAE_DEFAULTS = Defaults(2e-3, 2.0, 1e-4, 1e-4, 128, [3.4e-7] * 2, samples=5, warm_up=1000, epochs=1000)
+SEQUENCE_DEFAULTS = Defaults(1e-3, 1.0, 1e-3, 1e-2, 32, [0.0, 0.0], samples=1, warm_up=0, epochs=20)
 # A base: the class of a new model (None: models must be given), L_CF, and default options
 Base = namedtuple("Base", "model loss defaults")
 BASES = {
@@ -251,8 +254,8 @@ def renew(modules, windows, data, histories, args, epoch, num_epochs):
     """Rank all items by both models, and draw the items of `num_epochs` epochs from `epoch` on.
 
     Returns int32 [2, num_epochs, n k]: the items drawn for teacher and student. Those for the interaction
-    items[t] stand at [t k, (t + 1) k). Also returns the share of users whose validation item the student
-    ranks better, as the paper does.
+    items[t] stand at [t k, (t + 1) k). Also returns what the paper measures: the share of evaluated users
+    whose validation item the student ranks better.
     """
     num_items, k, better = data.items.max(), args.samples, torch.zeros(2, dtype=torch.float64)
     drawn = np.zeros((2, num_epochs, len(data.items) * k), np.int32)
@@ -262,21 +265,21 @@ def renew(modules, windows, data, histories, args, epoch, num_epochs):
         users, begin, end = (column[part] for column in histories)
         known = pad_batch(data.items, data.starts[users], end).numpy()
         observed = np.ones((len(users), num_items + 1), bool)
-        observed[:, data.catalogue] = False  # no item that never occurs is drawn
+        observed[:, data.catalogue] = False  # items that never occur are never drawn
         np.put_along_axis(observed, known, True, 1)
-        ids, both = torch.from_numpy(data.user_ids[users]).to(args.device), []
+        ids, ranks = torch.from_numpy(data.user_ids[users]).to(args.device), []
         for module, window in zip(modules, windows, strict=True):
             items = pad_batch(data.items, np.maximum(begin, end - window), end).to(args.device)
             _, output, item_vectors = module(ids, items)
             scores = last_output(output, items) @ item_vectors[1 : num_items + 1].T
-            both.append(rank_items(scores.float().cpu().numpy(), observed[:, 1:]))
-        weights = sampling_weights(*both, args)
+            ranks.append(rank_items(scores.float().cpu().numpy(), observed[:, 1:]))
+        weights = sampling_weights(*ranks, args)
         for row, user in enumerate(users):
             b, e, rng = begin[row], end[row], np.random.default_rng([args.seed, epoch, 1, user])
             for side in (0, 1):
                 drawn[side, :, b * k : e * k] = draw_items(weights[side][row], (num_epochs, (e - b) * k), rng)
             if data.evaluated[user]:
-                rank_T, rank_S = (rank[row, data.items[e] - 1] for rank in both)
+                rank_T, rank_S = (rank[row, data.items[e] - 1] for rank in ranks)
                 better += torch.tensor([rank_S < rank_T, rank_T > 0])
     drawn = torch.from_numpy(drawn)
     sum_over_processes([drawn])
@@ -291,9 +294,9 @@ def losses(modules, ids, history, negatives, drawn, args):
     0 for padding. Or drawn is None, and no model teaches.
     """
     l_cf, sides = [], []
-    for module, items in zip(modules, negatives, strict=True):
+    for module, of_module in zip(modules, negatives, strict=True):
         _, output, item_vectors = module(ids.to(args.device), history.to(args.device))
-        l_cf.append(BASES[args.base].loss(output, item_vectors, history, items))
+        l_cf.append(BASES[args.base].loss(output, item_vectors, history, of_module))
         state = last_output(output, history.to(args.device))
         sides.append((state, item_vectors, zero_logit(args.base, state, item_vectors)))
     l_bd = [torch.zeros_like(loss) for loss in l_cf]
@@ -325,7 +328,7 @@ def joint_batch(data, rows, batch, unseen, drawn, args, rng):
 
 
 def set_up(args):
-    """Data, histories, the rows of a batch, validation users, max_length; programs, modules, optimizers."""
+    """Data, histories, batch rows, validation users, UnseenItems, configs, programs, modules, optimizers."""
     join_processes(args.device)
     torch.manual_seed(args.seed)
     data, programs, modules, sees, optimizers = read_interactions(args.data), [], [], [], []
@@ -394,7 +397,7 @@ def train(args):
             inputs = joint_batch(data, rows, batch, unseen, drawn_now, args, rng)
             l_cf, l_bd = losses(modules, *inputs, args)
             for side, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
-                loss = l_cf[side] + lambdas[side] * l_bd[side]
+                loss = l_cf[side] + lambdas[side] * l_bd[side]  # L_T, then L_S
                 optimizer.zero_grad()
                 # the loss is a sum; this factor gives all observed items of the epoch equal weight
                 (loss * len(batches) / num_observed).backward()
@@ -405,17 +408,17 @@ def train(args):
             with_dropout(module, False)
         sum_over_processes([total])
         if not total.isfinite().all():
-            sys.exit(f"the loss is not finite in epoch {epoch}; remove OUT.ckpt and lower --learning-rate")
+            sys.exit(f"the loss of epoch {epoch} is not finite; remove OUT.ckpt, lower --learning-rate")
         if epoch:
             names = "L_CF(T)", "L_CF(S)", "L_BD(T;S)", "L_BD(S;T)"
             line |= zip(names, (total / num_observed).tolist(), strict=True)
         line["seconds"] = time.time() - start
-        # a long warm-up is not validated every epoch: that would take longer than the epoch
+        # the warm-up is validated every --period epochs only: validation takes longer than an epoch
         if joint >= -1 or epoch % args.period == 0:
             for side, kind in enumerate(("teacher", "student")):
                 hr, ndcg = validate(modules[side], data, validation_users, windows[side], args.device)
                 line |= {f"{kind}_HR@10": hr, f"{kind}_NDCG@10": ndcg}
-                # joint training goes on from the end of the warm-up, as published, not from its best epoch
+                # in the warm-up the latest model is saved: joint training starts from it, as published
                 if kind not in best or joint < 0 or ndcg > best[kind]["NDCG@10"]:
                     best[kind] = {"epoch": epoch, "HR@10": hr, "NDCG@10": ndcg}
                     config = configs[side] | {"role": kind}
@@ -424,10 +427,10 @@ def train(args):
 
 
 def with_dropout(module, on):
-    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+    """Switch the dropout of a loaded program `on` or off: its module has no working .train() and .eval().
 
     Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
-    stays as it was exported.
+    stays as it was exported. Returns `module`.
     """
     aten = torch.ops.aten
     place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
@@ -449,7 +452,7 @@ Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
@@ -482,7 +485,7 @@ def read_interactions(path):
 
 
 def training_part(data, max_length, seed, limit=10_000):
-    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+    """Histories to train on, and the users to validate on, an array of indices into user_ids.
 
     A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
     are validated on, drawn at random.
@@ -536,10 +539,10 @@ def pad_batch(items, begin, end):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
+    """The random generator and the batches (arrays of indices) of this epoch, the same in every process.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
-    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
+    Also seeds torch for this epoch. Histories are shuffled, cut into groups, and sorted by `lengths` within a
+    group, so that batches have little padding. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -612,14 +615,15 @@ def validate(model, data, users, window, device):
     """
     users, ranks = users[RANK::PROCESSES], []
     begin, end = data.starts[users], data.train_end[users]
-    rows = max(1, min(256, 2**22 // data.items.max()))  # users a slice: at most 16 MiB of scores
+    rows = max(1, min(256, 2**22 // data.items.max()))  # users per slice: at most 16 MiB of scores
     for part in np.array_split(np.argsort(end - begin), math.ceil(len(users) / rows)):
         b, e = begin[part], end[part]
         items = pad_batch(data.items, np.maximum(b, e - window), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), items)
-        scores, seen = last_output(output, items) @ item_vectors.T, map(slice, b, e)
-        seen = [data.items[history] for history in seen]
-        ranks.append(rank_of_target(scores, data.items[e], seen, data.catalogue).cpu())
+        scores = last_output(output, items) @ item_vectors.T
+        seen = [data.items[history] for history in map(slice, b, e)]
+        target = data.items[e]  # the validation item stands behind the training items
+        ranks.append(rank_of_target(scores, target, seen, data.catalogue).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
@@ -655,9 +659,9 @@ def export(model, max_length):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
-    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
-    other data, unless `any_data`.
+    This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
+    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
+    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -691,8 +695,8 @@ def load_model(path, data, device, any_data=False):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
-    checkpoint holds: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
+    checkpoint held: tensors and plain values, by name.
     """
 
     def __init__(self, args, data, models, parts=()):
@@ -750,7 +754,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+
+        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
@@ -789,11 +796,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, count, positive = parser.add_argument, number(int, 1), number(float, 0)
     pair = {"nargs": 2, "metavar": ("TEACHER", "STUDENT")}
-    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("data", help="interactions, `user item` per row: .txt or .npy (data/README.md)")
     add("--teacher", help="trained model to start from, with --student. Load only files you trust")
     add("--student", help="trained model to start from, with --teacher")
     add("--out", required=True, help="start of the names OUT-teacher.pt2, OUT-student.pt2, OUT.log.jsonl")
-    add("--base", choices=BASES, default="sequence", help="kind of both; the last two need two models")
+    add("--base", choices=BASES, default="sequence", help="kind of model; sequence and softmax need two")
     add("--dims", **pair, type=count, default=[50, 5], help="sizes of the vectors of a new bpr or cdae")
     add("--learning-rate", type=positive, help="of Adam")
     tau = number(float, 1e-6, math.inf)
@@ -802,7 +809,7 @@ def main(argv=None):
     add("--epsilon-tanh", type=positive, help="epsilon_t of p_T->S")
     add("--batch-size", type=count, help="users per batch; with bpr, observed pairs")
     add("--warm-up-weight-decay", **pair, type=positive, help="of Adam, in the warm-up")
-    add("--samples", type=count, help="k: negatives, and drawn items per direction, per observed item")
+    add("--samples", type=count, help="k: per observed item, negatives, and items that teach")
     add("--warm-up", type=number(int, 0), help="epochs alone; 0 if models are given")
     add("--epochs", type=number(int, 0), help="epochs of joint training; 0 writes the models after warm-up")
     add("--lambda-teacher", type=positive, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")
@@ -811,7 +818,7 @@ def main(argv=None):
     add("--period", type=count, default=10, help="p: epochs between renewals of the ranks")
     add("--direction", choices=["both", "none"], default="both", help="none: both models train on alone")
     add("--sampling", choices=["rank", "uniform", "top"], default="rank", help="of the items that teach")
-    add("--sign", choices=["paper", "published"], default="paper", help="of the rank difference")
+    add("--sign", choices=["paper", "published"], default="paper", help="published: with both ranks swapped")
     sources = ["uniform", "drawn"]
     add("--negatives", choices=sources, default="uniform", help="of L_CF; drawn: the items that teach")
     add("--resume", action="store_true", help="go on from OUT.ckpt, the checkpoint of a run that was stopped")

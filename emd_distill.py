@@ -6,10 +6,10 @@ EMNLP 2020, arXiv 2010.06133.
 
     L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred)
 
-Reads   interactions, `user item` a row (data/README.md); a student, and a teacher to learn from (README.md,
+Reads   interactions, `user item` per row (data/README.md); a student, and a teacher to learn from (README.md,
         "The model file"). Without a teacher, this is plain training: L = L_CE.
-Writes  OUT, the student of the epoch with the best validation NDCG@10; epoch 0 is the student as it was read.
-        OUT.log.jsonl, a line an epoch.
+Writes  OUT, the student of the epoch with the best validation NDCG@10; epoch 0 is before training.
+        OUT.log.jsonl, a line per epoch.
 Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
         Student and teacher have L_S and L_T layers after the embedding, of d_S and d_T features.
 
@@ -19,7 +19,6 @@ Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is 
 
 import argparse
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -72,7 +71,7 @@ DISTANCES = {"kl": kl_distances, "mse": mse_distances}
 
 
 def transport(w_S, w_T, distance):
-    """The cheapest flow [L_S, L_T]: min sum_ij F_ij D_ij, F >= 0, with row sums w^S and column sums w^T.
+    """The flow [L_S, L_T] >= 0 of least cost sum_ij flow_ij D_ij, with row sums w^S and column sums w^T.
 
     w^S [L_S] and w^T [L_T] say how much each layer of student and teacher takes part. Each sums to 1. The
     arguments and `distance`, D [L_S, L_T], are float64 arrays.
@@ -93,12 +92,12 @@ def transport(w_S, w_T, distance):
 
 
 def matched_layers(num_layers, num_teacher_layers):
-    """The teacher layer, from 0, of each student layer: layer i of L_S, from 1, has ceil(i L_T / L_S)."""
+    """One-to-one: student layer i = 1..L_S has teacher layer ceil(i L_T / L_S). Returns indices from 0."""
     i = np.arange(1, num_layers + 1)
     return np.ceil(i * num_teacher_layers / num_layers).astype(int) - 1
 
 
-# functions of w^S, w^T and D; only the flow of `emd` depends on their values
+# Each entry makes a flow of w^S, w^T and D. Only `emd` uses their values, the others their lengths.
 MAPPINGS = {
     "emd": transport,
     "one-to-one": lambda w_S, w_T, D: np.eye(len(w_T))[matched_layers(*D.shape)] / len(w_S),
@@ -107,17 +106,17 @@ MAPPINGS = {
 
 
 def emd_loss(distance, flow):
-    """L_hid = sum_ij F_ij D_ij. F is constant: the optimal F is the gradient of the least cost in D."""
+    """L_hid = sum_ij flow_ij D_ij. The flow gets no gradient: at the optimum, dL_hid/dD is the flow."""
     return (torch.as_tensor(flow).to(distance) * distance).sum()
 
 
-def updated_weights(weights, paid, tau_w=10.0):
-    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = paid_i / w_i.
+def updated_weights(weights, cost, tau_w=10.0):
+    """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = cost_i / w_i.
 
-    weights [L] are positive, paid [L] = sum_j F_ij D_ij. Cheap layers get more weight. Not in the paper: c_i
-    is raised to 1/100 of the sum. A c_i of 0 would divide by zero, a tiny one would take all the weight.
+    weights w [L] are positive; cost [L] = sum_j flow_ij D_ij. Cheap layers get more weight. Not in the paper:
+    c_i is at least 1/100 of the sum, so that no layer takes all the weight. If all c_i are 0, w is uniform.
     """
-    c = paid / weights
+    c = cost / weights
     if c.sum() <= 0:
         return np.full(len(weights), 1 / len(weights))
     return special.softmax(c.sum() / np.maximum(c, c.sum() / 100) / tau_w)
@@ -170,8 +169,8 @@ class ItemLosses(torch.autograd.Function):
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
     """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
-    A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
-    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
+    Likely items are drawn too often. This is corrected: each score is lowered by `log_count` [k], the log of
+    the item's expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
     scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
@@ -180,7 +179,7 @@ def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
 
 
 def distillation_loss(
-    student, teacher, target, negatives, layer_weights, projections, gamma, distances, flow_of
+    student, teacher, target, negatives, layer_weights, projections, gamma, distance_function, flow_function
 ):
     """(1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred); without a teacher, L_CE.
 
@@ -190,8 +189,10 @@ def distillation_loss(
     negatives      () for all items; or negative items [k] and log_count [k]
     layer_weights  w^S [L_S] and w^T [L_T]
     projections    W_e and W_h, from d_S to d_T
-    distances      a function: D [L_S, L_T] of the layers of both
-    flow_of        a function: the flow [L_S, L_T] of w^S, w^T and D
+    distance_function(layers of the student after W_h, layers of the teacher) -> D [L_S, L_T]
+    flow_function(w^S, w^T, D) -> flow [L_S, L_T]
+
+        L_emb = mean of (E^S W_e - E^T)^2, with E = hidden[0]        L_hid = sum_ij flow_ij D_ij
 
     Returns the loss; its terms by name; the flow; the layer weights of the next step.
     """
@@ -204,28 +205,28 @@ def distillation_loss(
         if teacher:
             log_q = sampled_log_softmax(output_T, vectors_T, target, *negatives)
             l_pred = (log_q.exp() * (log_q - log_p)).sum(1).mean()
-        loss = (1 - gamma) * l_ce + gamma * l_pred
+        item_loss = (1 - gamma) * l_ce + gamma * l_pred
     else:
-        loss, l_ce, l_pred = ItemLosses.apply(output, item_vectors, target, output_T, vectors_T, gamma)
+        item_loss, l_ce, l_pred = ItemLosses.apply(output, item_vectors, target, output_T, vectors_T, gamma)
     if not teacher:
-        return loss, {"L_CE": l_ce}, np.zeros(0), layer_weights
+        return item_loss, {"L_CE": l_ce}, np.zeros(0), layer_weights
     (W_e, W_h), (w_S, w_T) = projections, layer_weights
     l_emb = F.mse_loss(W_e(hidden[0]), hidden_T[0])
-    D = distances(W_h(hidden[1:]), hidden_T[1:])  # [L_S, L_T]
+    D = distance_function(W_h(hidden[1:]), hidden_T[1:])  # [L_S, L_T]
     # the mean over the positions of all processes, in float64
     sums = [D.detach().double().cpu() * len(target), torch.tensor(len(target), dtype=torch.float64)]
     sum_over_processes(sums)
-    cost = (sums[0] / sums[1]).numpy()
-    flow = flow_of(w_S, w_T, cost)
+    mean_D = (sums[0] / sums[1]).numpy()
+    flow = flow_function(w_S, w_T, mean_D)
     l_hid = emd_loss(D, flow)
-    paid = flow * cost  # [L_S, L_T]
-    layer_weights = [updated_weights(w_S, paid.sum(1)), updated_weights(w_T, paid.sum(0))]
+    cost = flow * mean_D  # [L_S, L_T]
+    layer_weights = [updated_weights(w_S, cost.sum(1)), updated_weights(w_T, cost.sum(0))]
     terms = {"L_CE": l_ce, "L_emb": l_emb, "L_hid": l_hid, "L_pred": l_pred}
-    return loss + gamma * (l_emb + l_hid), terms, flow, layer_weights
+    return item_loss + gamma * (l_emb + l_hid), terms, flow, layer_weights
 
 
 def fit_projections(projections, hidden, hidden_T):
-    """Set W_e and W_h to the least squares of a batch, hidden [L_S+1, N, d_S] to hidden_T [L_T+1, N, d_T].
+    """Fit W_e and W_h to one batch by least squares: hidden [L_S+1, N, d_S] gives hidden_T [L_T+1, N, d_T].
 
     Layers are matched one-to-one. Not in the paper: random projections would undo what the student has
     learnt.
@@ -263,27 +264,27 @@ class SharedNegatives:
         return torch.from_numpy(drawn), torch.from_numpy(np.log(k * self.Q[drawn]))
 
 
-def ask_teacher(teacher, ids, inputs, real, batch, answers):
+def ask_teacher(teacher, ids, inputs, real, batch, cache):
     """hidden [L_T+1, N, d_T], output [N, e] and item vectors of the teacher, at the `real` positions.
 
-    With a dictionary `answers`, the answer for each history of `batch` is computed once and then reused.
+    With a dictionary `cache`, the answer for each history of `batch` is computed once and then reused.
     """
-    if answers is not None and answers.keys() >= set(batch):
-        hidden, output = zip(*(answers[history] for history in batch), strict=True)
-        return torch.cat(hidden, 1), torch.cat(output), answers["item_vectors"]
+    if cache is not None and cache.keys() >= set(batch):
+        hidden, output = zip(*(cache[history] for history in batch), strict=True)
+        return torch.cat(hidden, 1), torch.cat(output), cache["item_vectors"]
     hidden, output, item_vectors = teacher(ids, inputs)
     hidden, output = hidden[:, real], output[real]
-    if answers is not None:
-        lengths, answers["item_vectors"] = real.sum(1).tolist(), item_vectors
-        answers |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
+    if cache is not None:
+        lengths, cache["item_vectors"] = real.sum(1).tolist(), item_vectors
+        cache |= zip(batch, zip(hidden.split(lengths, 1), output.split(lengths), strict=True), strict=True)
     return hidden, output, item_vectors
 
 
 def with_dropout(module, on):
-    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+    """Switch the dropout of a loaded program `on` or off: its module has no working .train() and .eval().
 
     Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
-    stays as it was exported.
+    stays as it was exported. Returns `module`.
     """
     aten = torch.ops.aten
     place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
@@ -326,11 +327,10 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, args.final_rate, args.epochs * num_batches)
     sampler = SharedNegatives(data, histories) if args.negatives else None
-    settings = {"distances": DISTANCES[args.distance], "flow_of": MAPPINGS[args.mapping]}
-    distil = functools.partial(distillation_loss, projections=W, gamma=args.gamma, **settings)
-    answers = {} if args.remember else None
-    window, kept = config["window"], ("items", "max_length", "sees", "architecture")
-    config = {name: config[name] for name in kept if name in config}
+    settings = {"projections": W, "gamma": args.gamma}
+    settings |= {"distance_function": DISTANCES[args.distance], "flow_function": MAPPINGS[args.mapping]}
+    teacher_cache = {} if args.remember else None
+    kept = {"items", "max_length", "sees", "architecture"} & config.keys()
     run = Run(args, data, [args.out], [student, W, optimizer, schedule])
     best = run.state.get("best")
     layer_weights = [np.array(weights) for weights in run.state.get("layer_weights", layer_weights)]
@@ -342,13 +342,14 @@ def train(args):
             local = batch[RANK::PROCESSES]  # the rows of this process
             ids, inputs, real, target = batch_of(data, histories, local, args.device)
             negatives = [x.to(args.device) for x in sampler.draw(args.negatives, rng)] if sampler else ()
-            of_teacher = ask_teacher(teacher, ids, inputs, real, local, answers) if teacher else None
             hidden, output, item_vectors = student(ids, inputs)
-            of_student = hidden[:, real], output[real], item_vectors
-            if teacher and epoch == 1 and batch is batches[0]:
-                fit_projections(W, hidden[:, real].detach(), of_teacher[0])
-            outputs = of_student, of_teacher
-            loss, terms, flow, layer_weights = distil(*outputs, target, negatives, layer_weights)
+            of_both = [(hidden[:, real], output[real], item_vectors), None]
+            if teacher:
+                of_both[1] = ask_teacher(teacher, ids, inputs, real, local, teacher_cache)
+                if epoch == 1 and batch is batches[0]:
+                    fit_projections(W, hidden[:, real].detach(), of_both[1][0])
+            results = distillation_loss(*of_both, target, negatives, layer_weights, **settings)
+            loss, terms, flow, layer_weights = results
             optimizer.zero_grad()
             # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
@@ -360,22 +361,22 @@ def train(args):
         if epoch:
             sum_over_processes([total])
             if not total.isfinite().all():
-                advice = "remove OUT.ckpt and lower --learning-rate"
-                sys.exit(f"the loss is not finite in epoch {epoch}; {advice}")
+                sys.exit(f"the loss of epoch {epoch} is not finite; remove OUT.ckpt, lower --learning-rate")
             line |= zip(terms, (total / num_positions).tolist(), strict=True)
             line["flow"] = (flows / num_positions).tolist()
         with_dropout(student, False)
-        line["HR@10"], line["NDCG@10"] = validate(student, data, validation_users, window, args.device)
+        accuracy = validate(student, data, validation_users, config["window"], args.device)
+        line["HR@10"], line["NDCG@10"] = accuracy
         line["seconds"] = time.time() - start
         if best is None or line["NDCG@10"] > best["NDCG@10"]:
             best = {name: line[name] for name in ("epoch", "HR@10", "NDCG@10")}
-            run.save_model(args.out, program, student, best, **config)
+            run.save_model(args.out, program, student, best, **{name: config[name] for name in sorted(kept)})
         epochs_left = min(args.epochs, best["epoch"] + args.patience) - epoch
         state = {"best": best, "layer_weights": [weights.tolist() for weights in layer_weights]}
         run.end_epoch(line, epochs_left, "*" * (best["epoch"] == epoch), **state)
         if epochs_left == 0:
             break
-    if teacher and best["epoch"]:
+    if teacher and best["epoch"]:  # line n of the log is epoch n
         print("flow, a row per student layer:", np.round(run.log[best["epoch"]]["flow"], 3), sep="\n")
 
 
@@ -390,7 +391,7 @@ Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
@@ -423,7 +424,7 @@ def read_interactions(path):
 
 
 def training_part(data, max_length, seed, limit=10_000):
-    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+    """Histories to train on, and the users to validate on, an array of indices into user_ids.
 
     A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
     are validated on, drawn at random.
@@ -457,10 +458,10 @@ def batch_of(data, histories, batch, device):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
+    """The random generator and the batches (arrays of indices) of this epoch, the same in every process.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
-    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
+    Also seeds torch for this epoch. Histories are shuffled, cut into groups, and sorted by `lengths` within a
+    group, so that batches have little padding. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -538,14 +539,15 @@ def validate(model, data, users, window, device):
     """
     users, ranks = users[RANK::PROCESSES], []
     begin, end = data.starts[users], data.train_end[users]
-    rows = max(1, min(256, 2**22 // data.items.max()))  # users a slice: at most 16 MiB of scores
+    rows = max(1, min(256, 2**22 // data.items.max()))  # users per slice: at most 16 MiB of scores
     for part in np.array_split(np.argsort(end - begin), math.ceil(len(users) / rows)):
         b, e = begin[part], end[part]
         items = pad_batch(data.items, np.maximum(b, e - window), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), items)
-        scores, seen = last_output(output, items) @ item_vectors.T, map(slice, b, e)
-        seen = [data.items[history] for history in seen]
-        ranks.append(rank_of_target(scores, data.items[e], seen, data.catalogue).cpu())
+        scores = last_output(output, items) @ item_vectors.T
+        seen = [data.items[history] for history in map(slice, b, e)]
+        target = data.items[e]  # the validation item stands behind the training items
+        ranks.append(rank_of_target(scores, target, seen, data.catalogue).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
@@ -573,9 +575,9 @@ def write(path, content):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
-    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
-    other data, unless `any_data`.
+    This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
+    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
+    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -609,8 +611,8 @@ def load_model(path, data, device, any_data=False):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
-    checkpoint holds: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
+    checkpoint held: tensors and plain values, by name.
     """
 
     def __init__(self, args, data, models, parts=()):
@@ -668,7 +670,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+
+        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
@@ -706,7 +711,7 @@ def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, count, fraction = parser.add_argument, number(int, 1), number(float, 0, 1)
-    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("data", help="interactions, `user item` per row: .txt or .npy (data/README.md)")
     add("--student", required=True, help="model file to train further. Load only files you trust")
     add("--teacher", help="model file to learn from; without it, plain training. Load only files you trust")
     add("--out", required=True, help="model file to write, such as runs/student.pt2")

@@ -4,7 +4,7 @@ Accuracy is leave-one-out, with full ranking over the items that a user has not 
 sampled protocols serve only to compare with papers: they rank models inconsistently (Krichene and Rendle,
 "On Sampled Metrics for Item Recommendation", KDD 2020).
 
-Reads   interactions, `user item` a row (data/README.md), and model files (README.md, "The model file"). A
+Reads   interactions, `user item` per row (data/README.md), and model files (README.md, "The model file"). A
         model file is code: load only files that you trust.
 Writes  a table, or JSON, on standard output. The other models are compared with the first one.
 Shapes  B users, T positions, V items, e features of an output. Item 0 is padding.
@@ -35,7 +35,7 @@ from torch.export.passes import move_to_device_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-BATCH = 256  # users a batch, where batches are timed
+BATCH = 256  # users per batch, where batches are timed
 
 # ---- Accuracy --------------------------------------------------------------------------------------------
 
@@ -100,27 +100,29 @@ def draw_candidates(weight, seen, target, count, generator):
 def rank_all(scorer, window, data, inputs, users, end, args):
     """The rank of the target items[end] of each of `users`, after the history before it: float64 [users].
 
-    users are indices into data.user_ids. The model reads the last `window` items of `inputs`: Interactions
-    like `data`, or with more items before each history. With --protocol uniform or popularity, the rank is
+    users are indices into data.user_ids. The model reads the last `window` items of `inputs`: `data`, or the
+    same histories with older items before them. With --protocol uniform or popularity, the rank is
     among the target and --negatives drawn items, the same for every model.
     """
     begin, ranks = data.starts[users], np.empty(len(users))
-    first, after = inputs.starts[users], inputs.starts[users + 1] - (data.starts[users + 1] - end)
+    # the target stands as far from the end of a history in `inputs` as in `data`
+    input_begin, input_end = inputs.starts[users], inputs.starts[users + 1] - (data.starts[users + 1] - end)
     generator, counts = torch.Generator().manual_seed(args.seed), np.bincount(data.items)
     weight = torch.from_numpy(counts if args.protocol == "popularity" else counts > 0).float()
     order = np.argsort(end - begin, kind="stable")
-    rows = max(1, min(64, 2**22 // len(counts)))  # users a slice: it should fit the cache
+    rows = max(1, min(64, 2**22 // len(counts)))  # users per slice: it should fit the cache
     for part in (order[n : n + rows] for n in range(0, len(order), rows)):
         b, e = begin[part], end[part]
         ids = torch.from_numpy(data.user_ids[users[part]]).to(args.device)
-        items = pad_batch(inputs.items, np.maximum(first[part], after[part] - window), after[part])
+        input_e = input_end[part]
+        items = pad_batch(inputs.items, np.maximum(input_begin[part], input_e - window), input_e)
         scores = scorer(ids, items.to(args.device))
         target, seen = data.items[e], [data.items[history] for history in map(slice, b, e)]
         if args.protocol != "full":
             drawn = draw_candidates(weight, seen, target, args.negatives, generator).to(args.device)
             kept = torch.cat([drawn, torch.from_numpy(target)[:, None].to(args.device)], 1)
             scores = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
-        if args.keep_seen or args.protocol != "full":
+        if args.keep_seen or args.protocol != "full":  # the protocols have left out seen items already
             seen = [[]] * len(part)
         ranks[part] = rank_of_target(scores, target, seen, data.catalogue).cpu()
     return ranks
@@ -134,7 +136,7 @@ def bootstrap_interval(values, seed, resamples=1000):
 
 
 def paired_p_value(values, reference):
-    """Two-sided p-value of the paired t-test that both models have the same mean; both [users]."""
+    """Two-sided p-value of the paired t-test; the hypothesis: both means are equal. Both are [users]."""
     if len(values) < 2 or (values == reference).all():
         return 1.0
     return float(stats.ttest_rel(values, reference).pvalue)
@@ -157,9 +159,9 @@ def count_parameters(model):
 
 @torch.no_grad()
 def count_multiply_adds(model, window, device):
-    """Multiply-adds of the model for one request of `window` items, and of scoring all items after it."""
+    """Multiply-adds of the model for one request of `window` items, and those of scoring all items."""
     items = torch.ones(1, window, dtype=torch.int64, device=device)
-    # the counter knows matrix products but not the fused attention, so that is taken apart here
+    # the counter misses fused attention, so attention is computed as separate matrix products here
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _, _, item_vectors = model(items[:, 0], items)
     return counter.get_total_flops() // 2, item_vectors[1:].numel()
@@ -181,7 +183,7 @@ def compiled(scorer, window, device):
 
 @torch.no_grad()
 def milliseconds(scorer, data, window, device, batch_size, repeats):
-    """Median time to score all items for `batch_size` users, from histories to scores, over `repeats`.
+    """Median milliseconds, over `repeats`, to score all items for `batch_size` users, from padded histories.
 
     The users are spread evenly over the data, the same for every model. The first batch is not counted.
     """
@@ -241,7 +243,8 @@ def evaluate(args):
         report["p_value"] = paired_p_value(ndcg, METRICS["NDCG"](ranks[0], 10))
         sizes = count_parameters(model)
         report["parameters"], report["parameters_without_embeddings"] = sizes
-        report["window"], reports = window, [*reports, report]
+        report["window"] = window
+        reports.append(report)  # before the timing: the first model is its own baseline
         report["macs"], report["macs_item_scores"] = count_multiply_adds(model, window, args.device)
         ways = {"": scorer} | ({"_compiled": compiled(scorer, window, args.device)} if args.compile else {})
         for way, timed in ways.items():
@@ -256,7 +259,7 @@ def evaluate(args):
 
 
 def print_table(reports, args):
-    """The figures, a column a model."""
+    """The figures, a column per model."""
     among = "all items" if args.protocol == "full" else f"{args.negatives} {args.protocol} negatives"
     unseen = "" if args.keep_seen and args.protocol == "full" else ", the history left out"
     print(f"{args.data}: {args.split} items of {reports[0]['users']:,} users, ranked among {among}{unseen}")
@@ -264,7 +267,7 @@ def print_table(reports, args):
     rows += [(f"{name}@{k}", f"{{{name}@{k}:.4f}}") for name in METRICS for k in args.at]
     rows += [
         ("NDCG@10, 95 % interval", "{NDCG@10_interval[0]:.4f}-{NDCG@10_interval[1]:.4f}"),
-        ("p-value against the first", "{p_value:.2g}"),
+        ("NDCG@10, p against the first", "{p_value:.2g}"),
         ("parameters", "{parameters:,}"),
         ("  without embeddings", "{parameters_without_embeddings:,}"),
         ("items that the model needs", "{window}"),
@@ -322,7 +325,7 @@ Interactions = namedtuple("Interactions", "path sha256 user_ids starts items tra
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
@@ -362,10 +365,10 @@ def pad_batch(items, begin, end):
 
 
 def with_dropout(module, on):
-    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+    """Switch the dropout of a loaded program `on` or off: its module has no working .train() and .eval().
 
     Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
-    stays as it was exported.
+    stays as it was exported. Returns `module`.
     """
     aten = torch.ops.aten
     place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
@@ -379,9 +382,9 @@ def with_dropout(module, on):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
-    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
-    other data, unless `any_data`.
+    This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
+    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
+    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -435,7 +438,7 @@ def main(argv=None):
     """Read the command line, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, count = parser.add_argument, number(int, 1)
-    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("data", help="interactions, `user item` per row: .txt or .npy (data/README.md)")
     add("models", nargs="+", help="model files; the first is the baseline. Load only files you trust")
     add("--at", type=count, nargs="+", default=[5, 10, 20], metavar="K", help="cut-offs of the metrics")
     splits = ["test", "valid"]

@@ -8,9 +8,9 @@ The default loss is the full softmax of Klenitskiy and Vasilev, RecSys 2023, arX
 F_t is the output after position t, M_i the vector of item i. Different from the paper: histories are padded
 on the right, the embedding has a factor sqrt(d), and a last LayerNorm follows the blocks.
 
-Reads   interactions, `user item` a row (data/README.md).
+Reads   interactions, `user item` per row (data/README.md).
 Writes  OUT, the model of the epoch with the best validation NDCG@10 (README.md, "The model file").
-        OUT.log.jsonl, a line an epoch.
+        OUT.log.jsonl, a line per epoch.
 Shapes  B users, T positions, N positions that have a next item, d features, V items, k negatives. Item 0 is
         padding.
 
@@ -46,7 +46,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 class Block(nn.Module):
-    """x <- x + Dropout(g(LayerNorm(x))): g is causal self-attention first, then the feed-forward network.
+    """x <- x + Dropout(g(LayerNorm(x))), twice: g is causal self-attention, then the feed-forward network.
 
     With `scaled`: x <- x + epsilon Dropout(g(LayerNorm(x))). The scalar epsilon is learned and starts at 0.
     A deep stack then starts as the identity, and training succeeds (published code of AdaRec's teacher).
@@ -137,8 +137,8 @@ def bce_loss(output, item_vectors, target, negatives):
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
     """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
-    A negative stands for the items that are not drawn. So its score is lowered by `log_count` [k], the log of
-    its expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
+    Likely items are drawn too often. This is corrected: each score is lowered by `log_count` [k], the log of
+    the item's expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
     scores = output @ F.embedding(negatives, item_vectors).T - log_count.to(output)
@@ -239,17 +239,18 @@ def train(args):
         for batch in batches:
             local = batch[RANK::PROCESSES]  # the rows of this process
             ids, inputs, real, target = batch_of(data, histories, local, args.device)
-            negatives = ()
-            if args.loss == "bce":  # drawn for the whole batch: the numbers do not depend on the processes
+            loss_inputs = ()  # what the loss takes after `target`
+            if args.loss == "bce":
+                # every process draws for the whole batch, then keeps its rows, as long as its histories
                 shape = len(batch), lengths[batch].max(), k
                 users = np.broadcast_to(histories.users[batch][:, None, None], shape)
                 drawn = torch.from_numpy(unseen.draw(users, rng)[RANK::PROCESSES, : inputs.shape[1]])
-                negatives = (drawn[real],)  # [B, T, k] -> [N, k]
+                loss_inputs = (drawn[real],)  # [B, T, k] -> [N, k]
             elif args.loss == "sampled":
-                negatives = sampler.draw(k, rng)
+                loss_inputs = sampler.draw(k, rng)
             _, output, item_vectors = model(ids, inputs)
-            negatives = [x.to(args.device) for x in negatives]
-            loss = LOSSES[args.loss](output[real], item_vectors, target, *negatives)
+            loss_inputs = [x.to(args.device) for x in loss_inputs]
+            loss = LOSSES[args.loss](output[real], item_vectors, target, *loss_inputs)
             optimizer.zero_grad()
             # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
@@ -260,7 +261,7 @@ def train(args):
         sum_over_processes([total])
         loss = total.item() / num_positions
         if not math.isfinite(loss):
-            sys.exit(f"the loss is {loss} in epoch {epoch}; remove OUT.ckpt and lower --learning-rate")
+            sys.exit(f"the loss of epoch {epoch} is {loss}; remove OUT.ckpt, lower --learning-rate")
         line = {"epoch": epoch, "loss": loss, "seconds": time.time() - start}
         model.eval()
         hr, ndcg = validate(model, data, validation_users, args.max_length, args.device)
@@ -285,7 +286,7 @@ Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
@@ -318,7 +319,7 @@ def read_interactions(path):
 
 
 def training_part(data, max_length, seed, limit=10_000):
-    """Histories to train on, and the users [W] to validate on, indices into user_ids.
+    """Histories to train on, and the users to validate on, an array of indices into user_ids.
 
     A history is the last max_length + 1 training items of a user who has two or more. At most `limit` users
     are validated on, drawn at random.
@@ -352,10 +353,10 @@ def batch_of(data, histories, batch, device):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The generator of this epoch, the same in every process, and its batches: arrays of indices.
+    """The random generator and the batches (arrays of indices) of this epoch, the same in every process.
 
-    Also seeds torch for this epoch. Histories of a batch have similar `lengths` [N], for little padding. So
-    shuffled groups are sorted by length. A group has 64 batches, or a quarter of all if that is less.
+    Also seeds torch for this epoch. Histories are shuffled, cut into groups, and sorted by `lengths` within a
+    group, so that batches have little padding. A group has 64 batches, or a quarter of all if that is less.
     """
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
@@ -433,14 +434,15 @@ def validate(model, data, users, window, device):
     """
     users, ranks = users[RANK::PROCESSES], []
     begin, end = data.starts[users], data.train_end[users]
-    rows = max(1, min(256, 2**22 // data.items.max()))  # users a slice: at most 16 MiB of scores
+    rows = max(1, min(256, 2**22 // data.items.max()))  # users per slice: at most 16 MiB of scores
     for part in np.array_split(np.argsort(end - begin), math.ceil(len(users) / rows)):
         b, e = begin[part], end[part]
         items = pad_batch(data.items, np.maximum(b, e - window), e).to(device)
         _, output, item_vectors = model(torch.from_numpy(data.user_ids[users[part]]).to(device), items)
-        scores, seen = last_output(output, items) @ item_vectors.T, map(slice, b, e)
-        seen = [data.items[history] for history in seen]
-        ranks.append(rank_of_target(scores, data.items[e], seen, data.catalogue).cpu())
+        scores = last_output(output, items) @ item_vectors.T
+        seen = [data.items[history] for history in map(slice, b, e)]
+        target = data.items[e]  # the validation item stands behind the training items
+        ranks.append(rank_of_target(scores, target, seen, data.catalogue).cpu())
     rank = torch.cat(ranks)
     hit = (rank <= 10).double()
     sums = torch.stack([hit.sum(), (hit / torch.log2(rank + 1)).sum(), torch.tensor(len(rank)).double()])
@@ -476,8 +478,8 @@ def export(model, max_length):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is the rest of what the
-    checkpoint holds: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
+    checkpoint held: tensors and plain values, by name.
     """
 
     def __init__(self, args, data, models, parts=()):
@@ -535,7 +537,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch."""
+        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+
+        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
         seconds = np.mean([earlier["seconds"] for earlier in self.log]) * epochs_left
@@ -573,7 +578,7 @@ def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, count = parser.add_argument, number(int, 1)
-    add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
+    add("data", help="interactions, `user item` per row: .txt or .npy (data/README.md)")
     add("--out", required=True, help="model file to write, such as runs/teacher.pt2")
     add("--dim", type=count, default=64, help="d: size of hidden states and item vectors")
     add("--blocks", type=count, default=2, help="blocks; from 4 on, each branch has a learned scale, epsilon")
@@ -581,9 +586,9 @@ def main(argv=None):
     add("--max-length", type=number(int, 2), default=50, help="most recent items that the model sees")
     add("--dropout", type=number(float, 0, 0.99), default=0.2, help="probability that training drops a unit")
     add("--loss", choices=LOSSES, default="ce", help="bce: the paper's; ce: softmax; sampled: over k items")
-    add("--negatives", type=number(int, 0), help="k per position (bce, else 1) or batch (sampled, else 2048)")
+    add("--negatives", type=count, help="k: per position with bce, default 1; per batch with sampled, 2048")
     add("--learning-rate", type=number(float, 0), default=1e-3, help="of Adam (beta_2 is 0.98)")
-    add("--final-rate", type=number(float, 0, 1), default=1.0, help="last learning rate / first; linear")
+    add("--final-rate", type=number(float, 0, 1), default=1.0, help="last learning rate / first one, linear")
     add("--batch-size", type=count, default=128, help="users per batch")
     add("--epochs", type=number(int, 0), default=200, help="at most; 0 writes an untrained model")
     add("--patience", type=count, default=10, help="stop after so many epochs without a better NDCG@10")
@@ -593,8 +598,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.dim % args.heads:
         parser.error("--heads must divide --dim")
-    if args.negatives is not None and (args.loss == "ce" or args.negatives < 1):
-        parser.error("--negatives is for --loss bce and sampled, from 1")
+    if args.negatives and args.loss == "ce":
+        parser.error("--negatives is for --loss bce and sampled")
     try:
         train(args)
     except OSError as error:  # a file that cannot be read or written

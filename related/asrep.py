@@ -134,7 +134,7 @@ Interactions = namedtuple("Interactions", "path sha256 user_ids starts items tra
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """
@@ -199,10 +199,10 @@ def write(path, content):
 
 
 def with_dropout(module, on):
-    """`.train()` or `.eval()` for the module of a loaded program, which has neither. Returns `module`.
+    """Switch the dropout of a loaded program `on` or off: its module has no working .train() and .eval().
 
     Dropout stands in the graph as dropout(x, p, on). A GRU or an LSTM has the same two arguments. BatchNorm
-    stays as it was exported.
+    stays as it was exported. Returns `module`.
     """
     aten = torch.ops.aten
     place = {aten.dropout.default: 2, aten.gru.input: 6, aten.lstm.input: 6}  # of `on` among the arguments
@@ -216,9 +216,9 @@ def with_dropout(module, on):
 def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
-    The config also gets `layers`, L, and `dim`, d, of the hidden states, and `window`: the output depends on
-    so many most recent items. Ends if the model is for other items or users than `data`, or was trained on
-    other data, unless `any_data`.
+    This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
+    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
+    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()

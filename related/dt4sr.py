@@ -63,7 +63,7 @@ def item_vector(mu, sigma):
 
 
 class Block(nn.Module):
-    """x <- x + Dropout(g(LayerNorm(x))): g is causal self-attention first, then the feed-forward network.
+    """x <- x + Dropout(g(LayerNorm(x))), twice: g is causal self-attention, then the feed-forward network.
 
     With `scaled`: x <- x + epsilon Dropout(g(LayerNorm(x))). The scalar epsilon is learned and starts at 0.
     A deep stack then starts as the identity, and training succeeds (published code of AdaRec's teacher).
@@ -156,7 +156,7 @@ Interactions = namedtuple("Interactions", "path sha256 user_ids starts items tra
 
 
 def read_interactions(path):
-    """Read a data file: `user item` a row, a user's rows together and in time order (data/README.md).
+    """Read a data file: `user item` per row, a user's rows together and in time order (data/README.md).
 
     Returns Interactions, with users in the order of the file. Ids go from 1 to 99,999,999.
     """

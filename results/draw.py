@@ -6,6 +6,7 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`. Mean of seeds, 
 deviation and number.
 """
 
+import ast
 import itertools
 import json
 import math
@@ -27,9 +28,11 @@ from run import (
     RUNS,
     SCENES,
     SEQUENCES,
+    SETS,
     TEACHERS,
     TOGETHER,
     WAYS,
+    better_search,
     chosen,
     figures,
     gains,
@@ -154,16 +157,63 @@ def trained(name, bold=""):
     return show
 
 
+def of_students(data, name, key="NDCG@10"):
+    """`key` of the students `name` of today, over seeds."""
+    return values((f"{data}-{name}-{seed}" for seed in range(3)), key, "students")
+
+
 def front():
-    """AdaRec on three scenes, in short."""
-    of = {"teacher, SASRec": teacher, "student, searched and distilled": trained("emd", "**")}
-    of |= {"the same without a teacher": lambda scene: spread(students(scene, "none"))}
-    of |= {"distilled for 38 epochs, not 8": trained("longer", "**")}
-    of |= {"games' cells, 128 wide, 38 epochs": trained("wider", "**")}
-    of |= {"multiply-adds, fewer than the teacher's": fewer, "operations of its cells": edges}
-    of |= {"faster, one by one; in batches (one thread)": lambda scene: times(scene, SPEED)}
-    of |= {"128 wide: fewer multiply-adds; faster one by one; in batches": wide}
-    return table(["", *SCENES], [[what, *map(show, SCENES)] for what, show in of.items()])
+    """AdaRec's students of today on three data sets."""
+
+    def teacher_of(data):
+        blocks = re.search(r"--blocks (\d+)", SETS[data]["teacher"])[1]
+        return f"{made(f'{data}-teacher', 'students')['NDCG@10']:.4f} ({blocks} blocks, 128 wide)"
+
+    def accuracy(name):
+        def show(data):
+            found = of_students(data, name)
+            share = found / made(f"{data}-teacher", "students")["NDCG@10"]
+            return f"{spread(found)}, **{share.mean():.1%}**" if len(found) else MISSING
+
+        return show
+
+    def p(data):
+        runs = {name: [figures("students", f"{data}-64-{name}-{s}") for s in range(3)] for name in KIND}
+        pairs = [pair for pair in zip(*runs.values(), strict=True) if all(pair)]
+        gap = np.mean([gains(one["ranks"], 10) - gains(two["ranks"], 10) for one, two in pairs], 0)
+        return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if pairs else MISSING
+
+    def faster(keys):
+        def show(data):
+            found = figures("students", f"{data}-latency").get("models")
+            return "; ".join(f"{found[0][k] / found[1][k]:.1f}x" for k in keys) if found else MISSING
+
+        return show
+
+    KIND = "taught", "alone"
+    compiled = [f"{key}_compiled" for key in SPEED]
+    rows = {"teacher": teacher_of, "student, 64 wide, distilled": accuracy("64-taught")}
+    rows |= {"the same student, alone": accuracy("64-alone"), "p of equal accuracy, distilled and alone": p}
+    rows |= {"student, 128 wide, distilled": accuracy("128-taught")}
+    rows |= {"student, 32 wide, distilled": accuracy("32-taught")}
+    rows |= {"operations of the students' cells": lambda data: f"`{better_search(data)}`"}
+    rows |= {"64 wide: multiply-adds, fewer": faster(["macs"])}
+    rows |= {"64 wide, compiled: faster for one request; in batches": faster(compiled)}
+    return table(["", *SETS], [[what, *map(show, SETS)] for what, show in rows.items()])
+
+
+def serving():
+    """How much faster students of three widths are than their teachers, as a service runs them."""
+    names = {"ml-1m": "ml-1m, users as they are", "ml-1m-long": "ml-1m, 200 items each"}
+    names |= {"games": "games, 50 items at most", "beauty5": "Beauty 5-core, 50 at most"}
+    keys, rows = ("macs", *SPEED, *(f"{key}_compiled" for key in SPEED)), []
+    for data, name in names.items():
+        teacher, *found = made(data, "serving")["models"]
+        for dim, student in zip((32, 64, 128), found, strict=True):
+            ratios = [teacher[key] / student[key] for key in keys]
+            rows.append([name, dim, *(f"{ratio:.{int(ratio < 20)}f}x" for ratio in ratios)])
+    head = ["requests", "width", "multiply-adds, fewer", "eager: one", "batches of 256", "compiled: one"]
+    return table([*head, "batches of 256"], rows)
 
 
 def scenes():
@@ -462,6 +512,7 @@ TABLES = (
     scale,
     deviations,
     front,
+    serving,
     scenes,
     transfer,
     planted,
@@ -484,10 +535,29 @@ def drawn(name):
         return MISSING
 
 
+def line_of(name, script):
+    """The line of a top-level name, or of a method Class.method, of a script."""
+    scope, line = ast.parse((ROOT / script).read_text()), None
+    for part in name.split("."):
+        scope = next(
+            node
+            for node in scope.body
+            if part
+            in [
+                getattr(node, "name", None),
+                *(t.id for t in getattr(node, "targets", ()) if hasattr(t, "id")),
+            ]
+        )
+        line = scope.lineno
+    return line
+
+
 def filled(page):
-    """The text of a page, each of its tables drawn anew."""
-    pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: m[1] + drawn(m[2]) + m[3], page)
+    """The text of a page, each of its tables drawn anew, and its links to functions with their lines."""
+    pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    page = pattern.sub(lambda m: f"{m[1]}{drawn(m[2])}\n{m[3]}", page)
+    links = re.compile(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+\)")
+    return links.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[1], m[2])})", page)
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ def students():
             path = architecture(f"{runs}-{dim}.json", better_search(data), dim)
             for name, teacher in (("taught", taught), ("alone", "")):
                 yield student_of(data, f"{dim}-{name}", path, seed, f"{LONG} {teacher}")
+        models = " ".join([f"{runs}-teacher.pt2", *(f"{runs}-{dim}-taught-0.pt2" for dim in (64, 128, 32))])
+        yield f"{data}-latency", [f"evaluate.py {file} {models} --compile --json"]
         cost = figures("students", f"{data}-search-with").get("cost", "COST")
         for k, seed in itertools.product(range(12), range(2)):
             path = f"{runs}-random{k}.json"
@@ -524,15 +526,22 @@ def processes():
         yield script, [command, f"{TORCHRUN} {command}"]
 
 
+def long_histories(data, least):
+    """Write the users of `data` who have `least` interactions or more, and return the path."""
+    path, source = f"data/{data}-long.txt", ROOT / f"data/{data}.txt"
+    if source.exists() and not (ROOT / path).exists():
+        rows = np.loadtxt(source, int)
+        np.savetxt(ROOT / path, rows[np.bincount(rows[:, 0])[rows[:, 0]] >= least], "%d")
+    return path
+
+
 def serving():
     """Latency and multiply-adds of a request: untrained models, each on the items that it needs, compiled."""
     shapes = {"ml-1m": "--max-length 200 --blocks 8", "games": "--blocks 4", "beauty5": "--blocks 4"}
     for data, shape in shapes.items():
-        runs, file, longest = (
-            f"runs/serving/{data}",
-            f"data/{data}.txt",
-            "--max-length 200" * (data == "ml-1m"),
-        )
+        runs, file, longest = f"runs/serving/{data}", f"data/{data}.txt", ""
+        if data == "ml-1m":
+            longest = "--max-length 200"
         teacher = f"sasrec_teacher.py {file} {shape} --dim 128 --heads 2 --epochs 0"
         commands, models = [f"{teacher} --out {runs}-teacher.pt2"], f"{runs}-teacher.pt2"
         for dim in (32, 64, 128):
@@ -541,6 +550,9 @@ def serving():
             commands.append(f"{build} --out {runs}-student-{dim}.json")
             models += f" {runs}-student-{dim}.pt2"
         yield data, [*commands, f"evaluate.py {file} {models} --users 100 --compile --json"]
+        if data == "ml-1m":  # and requests of whole length
+            long = long_histories(data, 200)
+            yield f"{data}-long", [f"evaluate.py {long} {models} --users 100 --compile --json"]
 
 
 TIMED = {"speed": speed, "processes": processes}
@@ -699,7 +711,7 @@ def figures_of(claim, name, command, out, data):
     """What `command` has printed, logged and written to `out`, and what evaluate.py finds of it."""
     printed = (ROOT / f"runs/{claim}/{name}.out").read_text()
     if "evaluate.py" in command:
-        if claim == "serving":
+        if "--compile" in command:
             kept = r"window|macs|ms_per|parameters|model"
             return {
                 "models": [{k: v for k, v in r.items() if re.match(kept, k)} for r in json.loads(printed)]
@@ -718,7 +730,7 @@ def figures_of(claim, name, command, out, data):
     if built.exists():
         found["edges"] = ";".join(",".join(row) for row in json.loads(built.read_text())["edges"])
     if out.endswith(".json"):
-        return found | {"cost": float(printed.split("cost ")[-1].split(",")[0])}
+        return found | {"cost": float(re.search(r"cost ([\d.]+), sees", printed)[1])}
     report = evaluated(data, out, [10])
     found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
     if claim == "students" and re.search("taught|alone|teacher", name):

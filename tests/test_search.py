@@ -89,7 +89,9 @@ def apply_operation(name, x, weight=None, bias=None):
 
 # operations that a user may add
 ADDED = {"conv7": search.Operation(width=7), "dilated_conv7": search.Operation(width=7, dilation=3)}
-ADDED["min_pool"] = search.Operation(function=partial(apply_operation, "min_pool"), reach=2, multiply_adds=3)
+ADDED["min_pool"] = search.Operation(
+    function=partial(apply_operation, "min_pool"), function_looks_back=2, multiply_adds=3
+)
 
 
 def sum_over_operations(edges, target, y, x):
@@ -323,7 +325,7 @@ def test_search_is_its_equations(float64, write_data, write_gru, tmp_path, relax
         np.testing.assert_allclose([line[name] for name in names], sums / lengths.sum(), rtol=1e-7)
         np.testing.assert_allclose(line["flow"], flows / lengths.sum(), atol=1e-9)
         np.testing.assert_allclose(line["alpha"], alpha.detach(), rtol=1e-7, atol=1e-9)
-        assert line["sure"] == pytest.approx(alpha.softmax(1).amax(1).mean().item(), rel=1e-7)
+        assert line["mean_max_p"] == pytest.approx(alpha.softmax(1).amax(1).mean().item(), rel=1e-7)
         first, *others = (OPERATIONS[o] for o in alpha.argmax(1))
         assert line["edges"] == [[first], others]
     # the model file has the weights of the supernet after the last epoch
@@ -347,7 +349,7 @@ def test_search_finds_an_operation_that_reaches_the_lag(tmp_path, lag):
     names = [name for name in OPERATIONS if name != "mean"]  # `mean` reaches every lag
     options = "--epochs", 14, "--alpha-warm-up", 6, "--beta", 0.01, "--operations", *names
     operation, log = search_scene(tmp_path, f"--scene lag --lag {lag}", *options)
-    assert lag in BACK[operation] and log[-1]["sure"] > 0.3 > 0.13 > log[0]["sure"]
+    assert lag in BACK[operation] and log[-1]["mean_max_p"] > 0.3 > 0.13 > log[0]["mean_max_p"]
 
 
 def test_cost_is_weighed_against_accuracy(tmp_path):
@@ -418,7 +420,7 @@ def test_what_does_not_fit_is_refused(data, write_gru, tmp_path, capsys):
     fails(f"{data}: ", *argv, "--random", "--out", data / "a.json")
     fails("--random 2.0: no architecture", *argv, "--random", 2)
     out.write_text("old")
-    fails("the loss is not finite", *argv, "--learning-rate", 1e30, "--epochs", 9)
+    fails("is not finite; remove", *argv, "--learning-rate", 1e30, "--epochs", 9)
     assert out.read_text() == "old" and not out.with_suffix(".pt2").exists()
     for wrong in ("--gamma=1.1", "--gamma=-0.1", "--epochs=1", "--out=a.pt2", "--operations=conv7"):
         with pytest.raises(SystemExit, match="2"):

@@ -320,7 +320,7 @@ def test_a_run_that_fails_leaves_the_old_files(small, monkeypatch):
         teacher.write(path, b"old")
     for bad_out in ("data.txt/m.pt2", "."):  # below a file, and a folder
         assert str(small.parent) in fails(small, SMALL, bad_out)
-    assert "the loss is nan in epoch 1; remove" in fails(small, f"{SMALL} --learning-rate 1e30", out)
+    assert "the loss of epoch 1 is nan; remove" in fails(small, f"{SMALL} --learning-rate 1e30", out)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Path, "write_bytes", lambda path, content: path.write_text("half") / 0)
         teacher.write(out, b"new")

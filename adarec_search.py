@@ -799,7 +799,7 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or config["max_length"] < 1:
+        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)

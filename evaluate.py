@@ -395,7 +395,7 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or config["max_length"] < 1:
+        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
@@ -456,7 +456,9 @@ def main(argv=None):
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to compute")
     args = parser.parse_args(argv)
     try:
-        inputs = [args.data, *args.models]
+        if args.ranks and not args.ranks.endswith(".npy"):
+            parser.error("--ranks must end in .npy")
+        inputs = [args.data, *args.models, *[args.inputs] * bool(args.inputs)]
         if args.ranks and Path(args.ranks).exists() and any(map(Path(args.ranks).samefile, inputs)):
             parser.error(f"--ranks {args.ranks} is an input")
         if args.recommend is not None:

@@ -229,7 +229,7 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or config["max_length"] < 1:
+        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
@@ -267,6 +267,14 @@ def number(kind, low, high=1e30):
     return convert
 
 
+def refuse_to_overwrite(outputs, inputs):
+    """End if one of the files `outputs` is one of the `inputs`, or is there and is no regular file."""
+    for path in map(Path, outputs):
+        is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+        if is_input or path.exists() and not path.is_file():
+            sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+
+
 def main(argv=None):
     """Read the command line, and write the interactions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -281,9 +289,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.out.endswith(".txt"):
         parser.error("--out must end in .txt")
-    if args.backward and Path(args.out).with_suffix(".pt2") == Path(args.backward):
-        parser.error(f"--out would overwrite {args.backward}")
     try:
+        outputs = [args.out, Path(args.out).with_suffix(".pt2")]
+        refuse_to_overwrite(outputs[: 1 + bool(args.backward)], [args.data, args.backward])
         augment(args)
     except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.out}: {error.strerror}")

@@ -243,7 +243,7 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or config["max_length"] < 1:
+        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
@@ -294,6 +294,14 @@ def number(kind, low, high=1e30):
     return convert
 
 
+def refuse_to_overwrite(outputs, inputs):
+    """End if one of the files `outputs` is one of the `inputs`, or is there and is no regular file."""
+    for path in map(Path, outputs):
+        is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+        if is_input or path.exists() and not path.is_file():
+            sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+
+
 def main(argv=None):
     """Read the command line, and train or split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -316,6 +324,8 @@ def main(argv=None):
     if not args.split and not (args.source and args.teacher and args.student):
         parser.error("give --source, --teacher and --student, or --split")
     try:
+        outputs = [f"{args.out}-source.txt", f"{args.out}-target.txt"] if args.split else [args.out]
+        refuse_to_overwrite(outputs, [args.data, args.source, args.teacher, args.student])
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, in case this fails
         (split if args.split else train)(args)
     except (OSError, KeyboardInterrupt) as error:  # a file that cannot be read or written, or Ctrl-C

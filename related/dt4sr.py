@@ -232,6 +232,14 @@ def number(kind, low, high=1e30):
     return convert
 
 
+def refuse_to_overwrite(outputs, inputs):
+    """End if one of the files `outputs` is one of the `inputs`, or is there and is no regular file."""
+    for path in map(Path, outputs):
+        is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+        if is_input or path.exists() and not path.is_file():
+            sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+
+
 def main(argv=None):
     """Read the command line and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -248,6 +256,7 @@ def main(argv=None):
     if args.dim % args.heads:
         parser.error("--heads must divide --dim")
     try:
+        refuse_to_overwrite([args.out], [args.data])
         write_untrained(args)
     except OSError as error:  # a file that cannot be read or written
         sys.exit(f"{error.filename or args.out}: {error.strerror}")

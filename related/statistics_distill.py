@@ -253,7 +253,7 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or config["max_length"] < 1:
+        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
@@ -304,6 +304,14 @@ def number(kind, low, high=1e30):
     return convert
 
 
+def refuse_to_overwrite(outputs, inputs):
+    """End if one of the files `outputs` is one of the `inputs`, or is there and is no regular file."""
+    for path in map(Path, outputs):
+        is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
+        if is_input or path.exists() and not path.is_file():
+            sys.exit(f"{path} cannot be written: it is an input, or not a regular file")
+
+
 def main(argv=None):
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -321,6 +329,7 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     try:
+        refuse_to_overwrite([args.out], [args.data, args.teacher, args.student])
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, in case this fails
         train(args)
     except (OSError, KeyboardInterrupt) as error:  # a file that cannot be read or written, or Ctrl-C

@@ -52,14 +52,22 @@ OVERWRITING = [f"{TRAIN} data.txt", f"{TRAIN} ./data.txt", f"{TRAIN} link.txt", 
 OVERWRITING += ["adarec_search data.txt --teacher T.pt2 --out T.json"]
 OVERWRITING += ["emd_distill data.txt --student T.pt2 --out T.pt2"]
 OVERWRITING += ["bidirectional_distill data.txt --teacher T-teacher.pt2 --student T.pt2 --out T"]
-OVERWRITING += ["evaluate data.txt T.pt2 --ranks data.txt"]
+OVERWRITING += ["evaluate ranks.npy T.pt2 --ranks ranks.npy", "asrep data.txt --out data.txt"]
+OVERWRITING += ["asrep data.txt --backward T.pt2 --out ./T.txt", "dt4sr data.txt --out data.txt"]
+OVERWRITING += [
+    f"{n}_distill data.txt --teacher T.pt2 --student S.pt2 --out S.pt2" for n in ("dfa", "statistics")
+]
+OVERWRITING += ["domain_distill t-source.txt --split --out t"]
 
 
 @pytest.mark.parametrize("command", OVERWRITING)
 def test_an_output_that_is_an_input_is_refused(command, capsys):
     Path("link.txt").symlink_to("data.txt")
     os.link("data.txt", "hard.txt")
-    Path("T-teacher.pt2").write_bytes(Path("T.pt2").read_bytes())
+    for copy in ("T-teacher.pt2", "S.pt2"):
+        Path(copy).write_bytes(Path("T.pt2").read_bytes())
+    Path("t-source.txt").write_bytes(Path("data.txt").read_bytes())
+    np.save("ranks.npy", np.loadtxt("data.txt", int))
     fails(command, "is an input", capsys)
 
 

@@ -52,6 +52,10 @@ def test_a_file_that_sees_more_than_it_says_is_refused(tmp_path):
         else:
             with pytest.raises(SystemExit, match="depends on more than the last 4 items"):
                 evaluate.load_model(path, data, "cpu")
+    for sees in (0, -3):
+        path = save_model(tmp_path, model, 30, 20, sees=sees)
+        with pytest.raises(SystemExit, match="is no model file"):
+            evaluate.load_model(path, data, "cpu")
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")

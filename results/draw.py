@@ -19,7 +19,6 @@ from run import (
     BETAS,
     DECAYED,
     DECAYED_BOTH,
-    DECAYS,
     KINDS,
     LOSSES,
     PAIRS,
@@ -216,29 +215,11 @@ def serving():
     return table([*head, "batches of 256"], rows)
 
 
-def scenes():
-    """AdaRec on three scenes."""
-
-    def validated(scene):
-        found = {n: made(f"{scene}-search-{n}-alone-0")["valid"] for n in ("with", "without")}
-        bold = {n: "**" * (n == chosen(scene)) for n in found}
-        return ", ".join(f"{bold[n]}{found[n]:.4f}{bold[n]}" for n in found)
-
-    of = {"teacher, SASRec": teacher}
-    of |= {"the search with its teacher found": lambda scene: edges(scene, "with")}
-    of |= {"the search without its teacher found": lambda scene: edges(scene, "without")}
-    of |= {"validation of the two, trained alone and short": validated, "multiply-adds, fewer": fewer}
-    for threads in 1, 2:
-        what = f"faster on {threads} thread{'s' * (threads > 1)}: one by one; in batches of 256"
-        of[what] = lambda scene, threads=threads: times(scene, SPEED, threads)
-    of |= {"last two rows: fewer multiply-adds; faster one by one; in batches": wide}
-    of |= {"with the teacher, EMD": trained("emd"), "one-to-one": trained("one-to-one")}
-    of |= {"the last layer alone": trained("last"), "without a teacher": trained("none")}
-    of |= {"EMD, 24 epochs, not 8": trained("long"), "then 14 more, loss over all items": trained("longer")}
-    of |= {"`conv5;mean,dilated_conv5`, 24 epochs": trained("far-long")}
-    of |= {"games' cells 128 wide, 24 epochs": trained("wide")}
-    of |= {"and 14 more, loss over all items": trained("wider")}
-    return table(["", *SCENES], [[what, *map(show, SCENES)] for what, show in of.items()])
+def mappings():
+    """Ways to match the layers of student and teacher."""
+    ways = {"EMD": "emd", "one-to-one": "one-to-one", "last layer": "last", "alone": "none"}
+    rows = [[what, *(trained(name)(data) for data in ("ml-1m", "games"))] for what, name in ways.items()]
+    return table(["", "ml-1m", "games"], [["teacher", teacher("ml-1m"), teacher("games")], *rows])
 
 
 def transfer():
@@ -317,17 +298,6 @@ def bidirectional(base, k, ways):
     return rows
 
 
-CHIEF = (
-    "alone",
-    "published",
-    "published-half",
-    "published-lambda-0",
-    "published-uniform",
-    "paper",
-    "alone-knowing",
-)
-
-
 def pair():
     """Both bases' teacher and student before, alone, and with bidirectional distillation, in short."""
     drawn = {"bpr": "published", "cdae": "published-uniform"}  # as published, whose negatives differ
@@ -349,20 +319,35 @@ def notebooks(base, ways):
     return table(["", *head], bidirectional(base, 50, ways))
 
 
+def in_words(base, ways):
+    """HR@50 / NDCG@50 of both models by way, with the words for each."""
+    rows = bidirectional(base, 50, ways)
+    rows = [
+        [words, *row[1::2][:1], row[3], row[4], row[6]]
+        for words, row in zip(ways.values(), rows, strict=True)
+    ]
+    return table([f"{base.upper()}, citeulike", "teacher", "p", "student", "p"], rows)
+
+
 def bpr():
-    """The published table of BPR, its controls, and the decay of the student that validates best alone."""
+    """BPR's way as published, and its controls."""
+    ways = {"start": "before", "alone": "alone", "published": "BD as published"}
+    ways |= {"published-half": "the same, every label 1/2", "published-lambda-0": "the same without L_BD"}
+    ways |= {"published-uniform": "the same, uniform negatives", "paper": "BD, the paper's sign"}
+    return in_words("bpr", ways)
 
-    def validated(decay):
-        runs = of_seeds(f"bpr-alone-decay-{decay}")
-        return np.mean([run["student"]["valid"] for run in runs if run] or [0])
 
-    best = max(DECAYS, key=validated)
-    return notebooks("bpr", ["start", *CHIEF, f"alone-decay-{best}", f"published-decay-{best}"])
+def cdae_chief():
+    """CDAE's way as published, softer labels, and labels that say nothing."""
+    ways = {"start": "before", "alone": "alone", "published-uniform": "BD as published"}
+    ways |= {"published-uniform-tau-10": "the same, temperature 10"}
+    ways |= {"published-uniform-half": "the same, every label 1/2"}
+    return in_words("cdae", ways)
 
 
 def bpr_more():
-    """The other ways that BPR went."""
-    return notebooks("bpr", ["alone", *(name for name in {**TOGETHER, **DECAYED} if name not in CHIEF)])
+    """All ways that BPR went."""
+    return notebooks("bpr", ["start", *TOGETHER, *DECAYED])
 
 
 def cdae():
@@ -513,13 +498,14 @@ TABLES = (
     deviations,
     front,
     serving,
-    scenes,
+    mappings,
     transfer,
     planted,
     pair,
     bpr,
     bpr_more,
     cdae,
+    cdae_chief,
     temperatures,
     pairs,
     neighbours,

@@ -195,6 +195,17 @@ def test_items_that_never_occur_are_no_negatives_candidates_or_recommendations(t
     json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
+def test_items_that_never_occur_teach_no_model(tmp_path, monkeypatch):
+    save_data(tmp_path, {user: [2 * item for item in items] for user, items in HISTORIES.items()})
+    weights, draw = [], bd.draw_items
+    monkeypatch.setattr(bd, "draw_items", lambda p, size, rng: weights.append(p) or draw(p, size, rng))
+    run(
+        "bidirectional_distill data.txt --base bpr --dims 3 2 --warm-up 1 --epochs 1 --out b --sampling uniform"
+    )
+    weights = np.stack(weights)
+    assert weights[:, 1::2].any() and not weights[:, ::2].any()  # odd items never occur; item i is p[i - 1]
+
+
 def test_a_user_who_has_seen_every_item_is_left_out_and_counted(tmp_path, capsys):
     save_data(tmp_path, HISTORIES | {7: [*range(1, 21), 1, 2]})
     run(f"{TRAIN} m.pt2 --loss bce")

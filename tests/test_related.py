@@ -156,20 +156,20 @@ def test_short_histories_get_longer_and_know_no_test_item(write_data):
         run(asrep, data, "--backward sum.pt2 --shorter-than 4 --items 3 --out longer.txt", more)
         return read_rows("longer.txt")
 
-    longer, model = lengthened("data.txt"), load("sum.pt2")[0]
-    assert longer.keys() == HISTORIES.keys()
-    for user, history in HISTORIES.items():
+    histories = HISTORIES | {99: [*range(1, 31)]}  # so each item occurs, whatever the last ones are
+    longer, model = lengthened(write_data(histories, "all.txt")), load("sum.pt2")[0]
+    assert longer.keys() == histories.keys()
+    for user, history in histories.items():
         known, k = np.array(history[:-2][::-1]), 3 * (1 <= len(history) - 2 < 4)
-        catalogue = np.unique(np.concatenate([*HISTORIES.values()]))
-        prior = asrep.prior_items(model, np.array([user]), [known], k, catalogue, 9, "cpu")
+        prior = asrep.prior_items(model, np.array([user]), [known], k, range(1, 31), 9, "cpu")
         prior = prior[0, ::-1].tolist()
         assert longer[user] == prior + history and len({*prior} - {*history[:-2]}) == k
     # other validation and test items: the same items are generated, unless --whole shows them to the model
     last = {u: [h[-1] % 30 + 1, h[-2] % 30 + 1] if len(h) > 2 else h[-2:] for u, h in HISTORIES.items()}
-    other = write_data({u: [*h[:-2], *last[u]] for u, h in HISTORIES.items()}, "other.txt")
+    other = write_data(histories | {u: [*h[:-2], *last[u]] for u, h in HISTORIES.items()}, "other.txt")
     again, evaluated = lengthened(other), [user for user in HISTORIES if len(HISTORIES[user]) > 2]
     assert all(again[user][:-2] == longer[user][:-2] for user in evaluated)
-    whole, again = lengthened("data.txt", "--whole"), lengthened(other, "--whole")
+    whole, again = lengthened("all.txt", "--whole"), lengthened(other, "--whole")
     assert any(whole[user][:-2] != again[user][:-2] for user in HISTORIES)
 
 

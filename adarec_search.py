@@ -271,17 +271,19 @@ def derive(supernet, edges):
 # ---- L_cost ----------------------------------------------------------------------------------------------
 
 
-def operation_costs(dim, num_nodes):
-    """cost(o) = (parameters(o) / max + multiply_adds(o) / max) / 2 / num_edges: float64 [|O|].
+def operation_costs(dim, num_nodes, max_length):
+    """cost(o) [|O|] = (parameters(o) / max + multiply_adds(o) / max + reach(o) / max) / 3 / num_edges.
 
-    Each maximum is over the operations. So the most expensive architecture costs 1 (a scale of our own).
+    Each maximum is over the operations, so no architecture costs more than 1. The reach, how many positions
+    an operation looks back, is not in the paper: a student that sees few items is served on these alone.
     """
     operations = OPERATIONS.values()
     parameters = [operation.width * dim * dim + dim * (not operation.function) for operation in operations]
     multiply_adds = [operation.width * dim * dim + dim * operation.multiply_adds for operation in operations]
-    shares = [torch.tensor(n, dtype=torch.float64) / max(n) for n in (parameters, multiply_adds)]
+    reach = [min(max(operation.looks_back, 0), max_length - 1) for operation in operations]
+    shares = [torch.tensor(n, dtype=torch.float64) / max(n) for n in (parameters, multiply_adds, reach)]
     num_edges = num_nodes * (num_nodes + 1) // 2
-    return (shares[0] + shares[1]) / 2 / num_edges
+    return sum(shares) / 3 / num_edges
 
 
 def cost_loss(p, costs):
@@ -493,7 +495,7 @@ def set_up(args):
 def search(args):
     """Train `alpha` and the weights; write the architecture, the student with its weights, and the log."""
     data, histories, max_length, teacher, supernet, alpha, W, layer_weights, optimizer = set_up(args)
-    costs = operation_costs(args.dim, args.nodes).float().to(args.device)
+    costs = operation_costs(args.dim, args.nodes, max_length).float().to(args.device)
     lengths = histories.end - histories.begin - 1  # targets of each history
     num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
     sampler = SharedNegatives(data, histories) if args.negatives else None
@@ -559,7 +561,7 @@ def save_student(args, run, student, edges, max_length):
     program = export(student.cpu(), max_length)
     run.save_model(Path(args.out).with_suffix(".pt2"), program, student, **config)
     write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
-    costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges)).tolist(), strict=True))
+    costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges), max_length).tolist(), strict=True))
     cost = sum(costs[name] for row in edges for name in row)
     print(f"{args.out}: {';'.join(map(','.join, edges))}; cost {cost:.3f}, sees {sees} items")
 
@@ -593,7 +595,8 @@ def build(args):
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             sys.exit(f"{args.architecture} is no architecture; {type(error).__name__}: {error}")
     else:
-        costs, rng = operation_costs(dim, args.nodes).numpy(), np.random.default_rng(args.seed)
+        costs = operation_costs(dim, args.nodes, args.max_length or 50).numpy()
+        rng = np.random.default_rng(args.seed)
         edges = random_edges(args.nodes, args.operations, costs, args.random, rng)
     cells = [Cell(dim, edges) for _ in range(num_cells)]
     student = Student(int(data.items.max()), dim, cells, args.dropout)

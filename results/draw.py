@@ -179,8 +179,10 @@ def front():
     def p(data):
         runs = {name: [figures("students", f"{data}-64-{name}-{s}") for s in range(3)] for name in KIND}
         pairs = [pair for pair in zip(*runs.values(), strict=True) if all(pair)]
+        if not pairs:
+            return MISSING
         gap = np.mean([gains(one["ranks"], 10) - gains(two["ranks"], 10) for one, two in pairs], 0)
-        return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if pairs else MISSING
+        return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}"
 
     def faster(keys):
         def show(data):
@@ -322,6 +324,8 @@ def notebooks(base, ways):
 def in_words(base, ways):
     """HR@50 / NDCG@50 of both models by way, with the words for each."""
     rows = bidirectional(base, 50, ways)
+    if len(rows) < len(ways):
+        raise Missing
     rows = [
         [words, *row[1::2][:1], row[3], row[4], row[6]]
         for words, row in zip(ways.values(), rows, strict=True)

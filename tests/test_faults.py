@@ -199,9 +199,8 @@ def test_items_that_never_occur_teach_no_model(tmp_path, monkeypatch):
     save_data(tmp_path, {user: [2 * item for item in items] for user, items in HISTORIES.items()})
     weights, draw = [], bd.draw_items
     monkeypatch.setattr(bd, "draw_items", lambda p, size, rng: weights.append(p) or draw(p, size, rng))
-    run(
-        "bidirectional_distill data.txt --base bpr --dims 3 2 --warm-up 1 --epochs 1 --out b --sampling uniform"
-    )
+    options = "--base bpr --dims 3 2 --warm-up 1 --epochs 1 --sampling uniform --out b"
+    run(f"bidirectional_distill data.txt {options}")
     weights = np.stack(weights)
     assert weights[:, 1::2].any() and not weights[:, ::2].any()  # odd items never occur; item i is p[i - 1]
 

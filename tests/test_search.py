@@ -150,8 +150,8 @@ def items_seen(edges, num_cells):
     return 40 - int(embedded[0].grad.any(2).any(0).nonzero()[0])
 
 
-def count_cost(edges, dim, num_nodes):
-    """Half the shares of parameters and of multiply-adds, against the widest convolution on every edge."""
+def count_cost(edges, dim, num_nodes, max_length):
+    """A third of the shares of parameters, multiply-adds and reach, each against the most on every edge."""
     names = [name for row in edges for name in row]
     modules = nn.ModuleList(search.Edge(name, dim) for name in names)
     with FlopCounterMode(display=False) as counter:
@@ -159,7 +159,11 @@ def count_cost(edges, dim, num_nodes):
     parameters = sum(weight.numel() for weight in modules.parameters())
     multiply_adds = counter.get_total_flops() / 2 + dim * sum(MULTIPLY_ADDS.get(name, 0) for name in names)
     widest = dim**2 * max(len(BACK[name]) for name in search.OPERATIONS if "conv" in name)
-    return (parameters / (widest + dim) + multiply_adds / widest) / (num_nodes * (num_nodes + 1))
+    back = {name: min(max(BACK[name], default=0), max_length - 1) for name in search.OPERATIONS}
+    reach = sum(back[name] for name in names) / max(back.values())
+    return (
+        (parameters / (widest + dim) + multiply_adds / widest + reach) / 3 / (num_nodes * (num_nodes + 1) / 2)
+    )
 
 
 @pytest.mark.parametrize("name", BACK)
@@ -254,17 +258,18 @@ def test_straight_through_gradient_is_that_of_the_softmax(float64):
     assert_close(*(torch.autograd.grad((weight * y).sum(), alpha) for y in (hard, soft)))
 
 
-@pytest.mark.parametrize("dim", [8, 64])
-def test_costs_are_counted_on_built_edges(names, dim):
-    costs = search.operation_costs(dim, 3)
-    assert costs.tolist() == pytest.approx([count_cost([[name]], dim, 3) for name in names])
+@pytest.mark.parametrize("dim, max_length", [(8, 2), (8, 20), (64, 10)])
+def test_costs_are_counted_on_built_edges(names, dim, max_length):
+    costs = search.operation_costs(dim, 3, max_length)
+    assert costs.tolist() == pytest.approx([count_cost([[name]], dim, 3, max_length) for name in names])
     for edges in (DEEP, SPARSE, [names[-1:], ["skip", names[-1]]]):
-        assert search.cost_loss(one_hot(edges), costs).item() == pytest.approx(count_cost(edges, dim, 3))
+        cost = count_cost(edges, dim, 3, max_length)
+        assert search.cost_loss(one_hot(edges), costs).item() == pytest.approx(cost)
 
 
-@pytest.mark.parametrize("cost", [0, 0.3, 0.8])
+@pytest.mark.parametrize("cost", [0, 0.3, 0.6])
 def test_random_architectures_have_the_given_cost(data, tmp_path, cost):
-    costs, rng, out = search.operation_costs(16, 3), np.random.default_rng(0), tmp_path / "a.json"
+    costs, rng, out = search.operation_costs(16, 3, 50), np.random.default_rng(0), tmp_path / "a.json"
     run(data, "--out", out, "--random", cost, "--nodes", 3, "--dim", 16, "--cells", 1)
     drawn = [search.random_edges(3, OPERATIONS, costs.numpy(), cost, rng) for _ in range(10)]
     for edges in [*drawn, json.loads(out.read_text())["edges"]]:
@@ -288,7 +293,7 @@ def test_search_is_its_equations(float64, write_data, write_gru, tmp_path, relax
     path = write_gru(items=25, layers=3)
     run(*argv, *["--teacher", path, "--gamma", gamma] * bool(gamma))
 
-    costs = torch.tensor([count_cost([[name]], 6, 2) for name in OPERATIONS])
+    costs = torch.tensor([count_cost([[name]], 6, 2, 6) for name in OPERATIONS])
     teacher = torch.export.load(path).module()
     torch.manual_seed(7)
     model = search.Student(25, 6, [search.MixedCell(6, 2) for _ in range(2)], 0.3)
@@ -363,7 +368,7 @@ def test_cost_is_weighed_against_accuracy(tmp_path):
 
 def test_files_of_a_search_and_of_a_student_built_anew(data, write_gru, tmp_path):
     out, anew, vectors = tmp_path / "new" / "a.json", tmp_path / "b.json", []
-    options = "--cells 3 --nodes 2 --dim 8 --gamma 0.1 --epochs 3 --batch-size 8 --alpha-warm-up 1"
+    options = "--cells 3 --nodes 2 --dim 8 --gamma 0.1 --beta 0.1 --epochs 3 --batch-size 8 --alpha-warm-up 1"
     run(data, "--teacher", write_gru(40), "--out", out, *options.split())
     run(data, "--architecture", out, "--out", anew, "--cells", 1, "--dim", 4, "--max-length", 7)
     log, architecture = log_of(out), json.loads(out.read_text())

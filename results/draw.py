@@ -97,7 +97,7 @@ def table(head, rows):
 # ---- AdaRec ----------------------------------------------------------------------------------------------
 
 # on ml-1m these learnt from an earlier run of the same teacher
-FIRST_TAUGHT = "ml-1m-emd-0", "ml-1m-one-to-one-0", "ml-1m-long-0", "ml-1m-longer-0"
+FIRST_TAUGHT = "ml-1m-emd-0", "ml-1m-one-to-one-0"
 FIRST_TEACHER = "tried/ml-1m-teacher-of-seed-0"
 SPEED = "ms_per_user", "ms_per_1000_users"
 
@@ -115,35 +115,12 @@ def share(scene, name):
     return f"{np.mean(values(runs) / tops):.1%}" if runs else ""
 
 
-def times(scene, keys, threads=1):
-    """How many times as much of each of `keys` the teacher takes as the student; "" if not measured."""
-    both = figures("adarec", f"latency-{scene}-{threads}")
-    return "; ".join(f"{both[0][key] / both[1][key]:.1f}x" for key in keys) if both else ""
-
-
-def fewer(scene):
-    """How many times fewer multiply-adds the student has."""
-    return times(scene, ["macs"])
-
-
-def wide(scene):
-    """Of the student with games' cells, as wide as the teacher: fewer multiply-adds, faster on one thread."""
-    return times(f"{scene}-wide", ["macs", *SPEED])
-
-
 def teacher(scene):
     """What the teacher is, and its accuracy."""
     blocks, dim = (
         re.search(rf"--{name} (\d+)", SCENES[scene]["teacher"]).group(1) for name in ("blocks", "dim")
     )
     return f"{blocks} blocks of {dim}: {made(f'{scene}-teacher')['NDCG@10']:.4f}"
-
-
-def edges(scene, search=None):
-    """Operations that a search found; in bold those that were chosen."""
-    name = search or chosen(scene)
-    bold = "**" if search == chosen(scene) else ""
-    return f"{bold}`{made(f'{scene}-search-{name}')['edges']}`{bold}"
 
 
 def trained(name, bold=""):
@@ -557,33 +534,35 @@ COLOURS = "#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D5
 
 
 def draw_scenes(plt):
-    """Accuracy over multiply-adds and over latency: teacher and students of each scene, a mark a seed."""
+    """Accuracy over multiply-adds and latency: teacher and students of each data set, one mark per seed."""
     figure, axes = plt.subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharey="col")
-    kinds = {"teacher": ("teacher", "s"), "emd": ("searched student", "o"), "none": ("without teacher", "v")}
-    kinds |= {"longer": ("trained longer", "D"), "wide": ("games' cells, 128 wide", "^")}
-    kinds |= {"wider": ("and longer", ">")}
-    for (above, below), scene in zip(axes.T, SCENES, strict=True):
-        top = made(f"{scene}-teacher")
+    kinds = {"teacher": ("teacher", "s"), "128-taught": ("student 128 wide, distilled", "^")}
+    kinds |= {
+        "64-taught": ("64 wide", "o"),
+        "32-taught": ("32 wide", "D"),
+        "64-alone": ("64 wide, alone", "v"),
+    }
+    for (above, below), data in zip(axes.T, SETS, strict=True):
+        top = made(f"{data}-teacher", "students")["NDCG@10"]
+        latency = {m["model"].split(f"{data}-")[1]: m for m in made(f"{data}-latency", "students")["models"]}
         for (name, (label, marker)), colour in zip(kinds.items(), COLOURS, strict=False):
-            seeds = [""] if name == "teacher" else ["-0", "-1", "-2"]
-            runs = [f"{scene}-{name}{seed}" for seed in seeds]
+            runs = (
+                [f"{data}-teacher"] if name == "teacher" else [f"{data}-{name}-{seed}" for seed in range(3)]
+            )
             look = {"color": colour, "label": label, "ms": 7, "mec": "white", "mew": 0.6}
-            if len(y := values(runs)):
-                above.plot(values(runs, "macs") / 1e6, y, marker, **look)
-            file = f"latency-{scene}-wide-1" if name.startswith("wid") else f"latency-{scene}-1"
-            if name in ("teacher", "emd", "wider") and (pair := figures("adarec", file)):
-                below.plot(pair[name != "teacher"]["ms_per_1000_users"], y.mean(), marker, **look)
+            y = values(runs, claim="students")
+            above.plot(values(runs, "macs", "students") / 1e6, y, marker, **look)
+            file = f"{name}.pt2" if name == "teacher" else f"{name}-0.pt2"
+            if len(y) and file in latency:
+                below.plot(latency[file]["ms_per_1000_users_compiled"], y.mean(), marker, **look)
         for axis in (above, below):
-            axis.axhline(top["NDCG@10"], color="#000000", lw=0.8, ls=":")
-            axis.set(xscale="log", ylim=(0.7 * top["NDCG@10"], 1.08 * top["NDCG@10"]))
-            axis.minorticks_off()
-        above.set(title=scene, xlabel="million multiply-adds a history", xlim=(0.7, 400))
-        above.set(xticks=[1, 10, 100], xticklabels=[1, 10, 100])
-        below.set(xlabel="ms for 1,000 users, in batches", xlim=(20, 10_000))
-        below.set(xticks=[100, 1000], xticklabels=["100", "1,000"])
+            axis.axhline(top, color="#000000", lw=0.8, ls=":")
+            axis.set(xscale="log")
+        above.set(title=data, xlabel="million multiply-adds of a request")
+        below.set(xlabel="ms for 1,000 users, compiled, in batches")
     for axis in axes[:, 0]:
         axis.set_ylabel("test NDCG@10")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 

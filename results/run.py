@@ -47,8 +47,6 @@ SCENES = {
         "without": f"--batch-size 16 {SEARCH} --negatives 512",
         "train": "--learning-rate 4e-3 --epochs 8 --negatives 512",
         "short": "--learning-rate 4e-3 --epochs 6 --negatives 512",
-        "long": "--learning-rate 4e-3 --epochs 24 --negatives 512",
-        "longer": "--learning-rate 2e-3 --epochs 14",
     },
     "games": {
         "teacher": "--blocks 4 --dim 128 --heads 2 --dropout 0.5 --loss sampled --epochs 12",
@@ -112,22 +110,8 @@ def adarec():
         for seed in range(3):
             for name, mapping in TAUGHT.items():
                 how = options["train"] + ("" if name == "none" else f" {taught} {mapping}")
-                if scene != "beauty" or name in ("emd", "none"):
+                if scene != "beauty":
                     yield student(scene, name, found, seed, how)
-    # ml-1m trained longer, twice; with games' cells as wide as the teacher; one that sees the whole history
-    scene, options = "ml-1m", SCENES["ml-1m"]
-    data, runs = f"data/{scene}.txt", f"runs/adarec/{scene}"
-    taught, found = f"--teacher {runs}-teacher.pt2 --remember", f"{runs}-search.json"
-    wide = architecture(f"{runs}-wide.json", edges_of("games"), dim=128)
-    for seed in range(3):
-        for name, path in (("long", found), ("wide", wide)):
-            yield student(scene, name, path, seed, f"{options['long']} {taught}")
-            again = f"--student {runs}-{name}-{seed}.pt2 {options['longer']} --seed {seed}"
-            again = f"emd_distill.py {data} {again} {taught} {FALLING}"
-            yield f"{scene}-{name.rstrip('e')}er-{seed}", [again]
-    far = architecture(f"{runs}-far.json", "conv5;mean,dilated_conv5")
-    yield student(scene, "far", far, 0, f"{options['train']} {taught}")
-    yield student(scene, "far-long", far, 0, f"{options['long']} {taught}")
     for seed in range(2):  # without a teacher: what was searched against chance, and against other scenes
         for scene, options in SCENES.items():
             data, runs, short = f"data/{scene}.txt", f"runs/adarec/{scene}", options["short"]

@@ -64,12 +64,12 @@ def test_commands_are_understood(page, monkeypatch, tmp_path):
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`(python [^`]+)`", page.read_text())
     for line in [*lines, *(" ".join(text.split()) for text in inline)]:
-        script, *argv = shlex.split(line, comments=True)[1:] or [""]
-        if script.startswith("--nproc"):  # torchrun
-            script, *argv = argv
-        if Path(script).stem not in SCRIPTS:
+        if not (command := re.match(r"(?:python|torchrun --nproc-per-node=2) (\w+)\.py ", line)):
             continue
-        module, parsed = importlib.import_module(Path(script).stem), []
+        script, argv = command[1], shlex.split(line[command.end() :], comments=True)
+        if script not in SCRIPTS:
+            continue
+        module, parsed = importlib.import_module(script), []
         for name in ("train", "search", "build", "evaluate", "recommend"):
             monkeypatch.setattr(module, name, parsed.append, raising=False)
         monkeypatch.setattr(module, "print_table", lambda *_: None, raising=False)

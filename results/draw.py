@@ -210,7 +210,7 @@ def transfer():
             name = f"search-{chosen(scene)}-alone" if source == scene else f"from-{source}"
             row.append(spread(values(f"{scene}-{name}-{seed}" for seed in range(2))))
         rows.append(row)
-    row = ["at random, of the scene's cost"]
+    row = ["random, of equal cost"]
     for scene in SCENES:
         own = mean(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2))
         chance = [mean(f"{scene}-chance{k}-{seed}" for seed in range(2)) for k in range(5)]
@@ -228,7 +228,7 @@ def planted():
     for lag in (2, 4, 6):
         found = Counter(made(f"lag-{lag}-{seed}", "planted")["edges"] for seed in range(10))
         rows.append([f"`lag {lag}`", ", ".join(f"`{name}` {n}" for name, n in found.most_common())])
-    return table(["scene", "operations found"], rows)
+    return table(["data", "operations found"], rows)
 
 
 # ---- Bidirectional distillation --------------------------------------------------------------------------
@@ -314,7 +314,10 @@ def bpr():
     """BPR's way as published, and its controls."""
     ways = {"start": "before", "alone": "alone", "published": "BD as published"}
     ways |= {"published-half": "the same, every label 1/2", "published-lambda-0": "the same without L_BD"}
-    ways |= {"published-uniform": "the same, uniform negatives", "paper": "BD, the paper's sign"}
+    ways |= {
+        "published-uniform": "the same, uniform negatives",
+        "paper": "the paper's sign, uniform negatives",
+    }
     return in_words("bpr", ways)
 
 
@@ -442,7 +445,7 @@ def scale():
 
 def deviations():
     """Test NDCG@10 of the demo's student with each deviation of the published code put back."""
-    here = {"teacher": "the teacher", "alone": "a student without it", "student": "with it, as here"}
+    here = {"teacher": "teacher", "alone": "student, alone", "student": "student, distilled, no deviation"}
     rows = [
         [what, spread(values((f"{n}-{seed}" for seed in range(3)), claim="demo"))] for n, what in here.items()
     ]
@@ -453,21 +456,37 @@ def deviations():
     return table(["ml-100k, the demo", "NDCG@10"], rows)
 
 
-def neighbours():
-    """Each method of related/ and what it has to beat; on Beauty also users of short histories."""
-    domain = ["-".join(["domain", *losses.split()]) for losses in LOSSES]
-    of = {"ml-100k": ["four", *WAYS, "emd"], "ml-100k, unseen users": ["source", *domain]}
-    of |= {"beauty": [f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR, "backward-read")]}
-    rows, keys = [], ["NDCG@10", *(f"NDCG@10 to {most}" for most in (5, 10, 20))]
-    for scene, names in of.items():
-        for name in names:
-            runs = [run for seed in range(3) if (run := figures("related", f"{name}-{seed}"))]
-            found = [spread(np.array([run[key] for run in runs])) for key in keys if runs and key in runs[0]]
-            if found:
-                rows.append(
-                    [scene, f"`{name.removeprefix('beauty-')}`", *found, *[""] * (len(keys) - len(found))]
-                )
-    return table(["", "", "NDCG@10", *(f"of users with at most {most} items" for most in (5, 10, 20))], rows)
+def neighbours(names):
+    """NDCG@10 of runs of related/, and of users with short histories where it was measured."""
+    keys = ["NDCG@10", *(f"NDCG@10 to {most}" for most in (5, 10, 20))]
+    runs = {name: [run for s in range(3) if (run := figures("related", f"{name}-{s}"))] for name in names}
+    runs = {name: found for name, found in runs.items() if found}
+    if not runs:
+        raise Missing
+    keys = [key for key in keys if key in next(iter(runs.values()))[0]]
+    rows = [
+        [
+            f"`{name.removeprefix('beauty-')}`",
+            *(spread(np.array([run[key] for run in found])) for key in keys),
+        ]
+        for name, found in runs.items()
+    ]
+    return table(["", *(key.replace("NDCG@10 to", "history of at most") for key in keys)], rows)
+
+
+def neighbours_distil():
+    """Ways to distil, on ml-100k."""
+    return neighbours(["four", *WAYS, "emd"])
+
+
+def neighbours_domain():
+    """From one domain to another, on ml-100k."""
+    return neighbours(["source", *("-".join(["domain", *losses.split()]) for losses in LOSSES)])
+
+
+def neighbours_beauty():
+    """ASReP and DT4SR beside SASRec, on Beauty."""
+    return neighbours([f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR, "backward-read")])
 
 
 TABLES = (
@@ -489,7 +508,9 @@ TABLES = (
     cdae_chief,
     temperatures,
     pairs,
-    neighbours,
+    neighbours_distil,
+    neighbours_domain,
+    neighbours_beauty,
 )
 TABLES = {table.__name__: table for table in TABLES}
 

@@ -56,7 +56,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def last_three(x):
-    """Each position of x [B, d, T] after the two before it: [3, B, d, T]. torch's pools export for one T."""
+    """x [B, d, T] delayed by two, one and no positions: [3, B, d, T]. torch's pools export for one T."""
     return torch.stack([F.pad(x, (2, 0))[..., :-2], F.pad(x, (1, 0))[..., :-1], x])
 
 
@@ -163,7 +163,7 @@ class Student(nn.Module):
 def receptive_field(edges, num_cells=1):
     """How many items the output of `num_cells` cells depends on. 0: the input of a cell reaches no node."""
     looks_back = [0]  # of each node; -inf if each path from the input has a `none`
-    for row in edges:
+    for row in edges:  # of node j: the edges from nodes 0..j-1
         paths = zip(row, looks_back, strict=True)
         looks_back.append(max(OPERATIONS[name].looks_back + before for name, before in paths))
     widest = max(looks_back[1:])
@@ -199,7 +199,8 @@ class MixedEdges(nn.Module):
                 weights.append(y_o)
             else:
                 convolution = self.convolutions[name]
-                taps = slice(longest - operation.looks_back, None, operation.dilation)  # the newest is last
+                # the newest tap is the last one; looks_back is dilation * (width - 1)
+                taps = slice(longest - operation.looks_back, None, operation.dilation)
                 kernel[..., taps] += y_o[:, None, None, None] * convolution.weight.unflatten(0, sizes)
                 bias += y_o[:, None] * convolution.bias.unflatten(0, sizes)
         convolved = F.conv1d(F.pad(x, (longest, 0)), kernel.flatten(0, 1), bias.flatten())
@@ -260,7 +261,8 @@ def derive(supernet, edges):
         for j, row in enumerate(cell.edges, 1):
             for i, edge in enumerate(row):
                 if not edge.operation.function:
-                    source = mixed.sources[i].convolutions[edge.name]  # its first target is node i + 1
+                    # channels of source: d for node i + 1, then d for node i + 2, ...
+                    source = mixed.sources[i].convolutions[edge.name]
                     target_channels = slice((j - i - 1) * dim, (j - i) * dim)
                     edge.convolution.weight.data = source.weight.data[target_channels].clone()
                     edge.convolution.bias.data = source.bias.data[target_channels].clone()
@@ -275,9 +277,9 @@ def operation_costs(dim, num_nodes, max_length):
     """cost(o) [|O|] = (parameters(o) / max + multiply_adds(o) / max + reach(o) / max) / 3 / num_edges.
 
     Each maximum is over the operations, so no architecture costs more than 1. The reach, how many positions
-    an operation looks back, is not in the paper: a student that sees few items is served on these alone.
+    an operation looks back, is not in the paper. A student with a short reach is served on few items.
     """
-    operations = OPERATIONS.values()
+    operations = OPERATIONS.values()  # the width of a function is 0
     parameters = [operation.width * dim * dim + dim * (not operation.function) for operation in operations]
     multiply_adds = [operation.width * dim * dim + dim * operation.multiply_adds for operation in operations]
     reach = [min(max(operation.looks_back, 0), max_length - 1) for operation in operations]
@@ -335,13 +337,14 @@ class ItemLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, *_):
+        # None: target and what belongs to the teacher
         return *(d_loss * gradient for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
     """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
-    Likely items are drawn too often. This is corrected: each score is lowered by `log_count` [k], the log of
+    Frequent items are drawn more often. To correct this, each score is lowered by `log_count` [k], the log of
     the item's expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
@@ -372,7 +375,7 @@ def transport(w_S, w_T, distance):
     row_sums = np.eye(num_rows).repeat(num_columns, axis=1)  # [L_S, L_S L_T]
     column_sums = np.tile(np.eye(num_columns), num_rows)[:-1]  # the other sums determine the last one
     A, b = np.vstack([row_sums, column_sums]), np.concatenate([w_S, w_T[:-1]])
-    # the solver's tolerances are absolute: with costs around 1 and 1e-10 it is exact for ratios up to 1e9
+    # the solver's tolerances are absolute. With a median of 1, costs may differ by a factor of 1e9.
     scale = np.median(distance[distance > 0]) if (distance > 0).any() else 1
     tolerances = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
     solution = linprog(distance.ravel() / scale, A_eq=A, b_eq=b, method="highs", options=tolerances)
@@ -382,7 +385,7 @@ def transport(w_S, w_T, distance):
 
 
 def emd_loss(distance, flow):
-    """L_hid = sum_ij flow_ij D_ij. The flow gets no gradient: at the optimum, dL_hid/dD is the flow."""
+    """L_hid = sum_ij flow_ij D_ij. The flow is a constant: at the optimum, dL_hid/dD is the flow."""
     return (torch.as_tensor(flow).to(distance) * distance).sum()
 
 
@@ -390,7 +393,7 @@ def updated_weights(weights, cost, tau_w=10.0):
     """Cost attention: w_i <- softmax_i((sum_k c_k / c_i) / tau_w), with the unit cost c_i = cost_i / w_i.
 
     weights w [L] are positive; cost [L] = sum_j flow_ij D_ij. Cheap layers get more weight. Not in the paper:
-    c_i is at least 1/100 of the sum, so that no layer takes all the weight. If all c_i are 0, w is uniform.
+    c_i is raised to 1 % of the sum, so that no layer takes all the weight. If all c_i are 0, w is uniform.
     """
     c = cost / weights
     if c.sum() <= 0:
@@ -518,7 +521,7 @@ def search(args):
             p = alpha.softmax(-1)
             y = p.detach() if alpha_waits else choose(alpha, tau, args.relaxation, rng)
             hidden, output, item_vectors = supernet(ids, inputs, y)
-            of_both = [(hidden[:, real], output[real], item_vectors), None]
+            of_both = [(hidden[:, real], output[real], item_vectors), None]  # of student and teacher
             if teacher:
                 of_both[1] = ask_teacher(teacher, ids, inputs, real, local, teacher_cache)
             negatives = [x.to(args.device) for x in sampler.draw(args.negatives, rng)] if sampler else ()
@@ -527,14 +530,14 @@ def search(args):
             terms["L_cost"] = cost_loss(p, costs)
             loss = loss + args.beta * terms["L_cost"]
             optimizer.zero_grad()
-            # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
+            # the loss is a mean over these rows; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
             if alpha_waits:
                 alpha.grad = None
             sum_over_processes([parameter.grad for parameter in parameters])
             optimizer.step()
             total = total + len(target) * torch.stack([term.detach().double() for term in terms.values()])
-            flows = flows + lengths[batch].sum() * flow
+            flows = flows + lengths[batch].sum() * flow  # all processes have the same flow
         sum_over_processes([total])
         if not total.isfinite().all():
             sys.exit(f"the loss of epoch {epoch} is not finite; remove OUT.ckpt, lower --learning-rate")
@@ -562,7 +565,7 @@ def save_student(args, run, student, edges, max_length):
     run.save_model(Path(args.out).with_suffix(".pt2"), program, student, **config)
     write(args.out, (json.dumps(architecture, indent=1) + "\n").encode())
     costs = dict(zip(OPERATIONS, operation_costs(dim, len(edges), max_length).tolist(), strict=True))
-    cost = sum(costs[name] for row in edges for name in row)
+    cost = sum(costs[name] for row in edges for name in row)  # each is divided by the number of edges
     print(f"{args.out}: {';'.join(map(','.join, edges))}; cost {cost:.3f}, sees {sees} items")
 
 
@@ -571,7 +574,7 @@ def random_edges(num_nodes, names, costs, cost, rng):
     choices = [o for o, name in enumerate(OPERATIONS) if name in names and costs[o] <= 1.1 * cost]
     for _ in range(100_000):
         drawn = rng.choice(choices, num_nodes * (num_nodes + 1) // 2)  # an operation for each edge
-        edges = best_edges(np.eye(len(OPERATIONS))[drawn])
+        edges = best_edges(np.eye(len(OPERATIONS))[drawn])  # a one-hot row has its argmax at `drawn`
         if abs(costs[drawn].sum() - cost) <= cost / 10 and receptive_field(edges):
             return edges
     sys.exit(f"--random {cost}: no architecture of this cost was found; costs lie between 0 and 1")
@@ -607,8 +610,8 @@ def build(args):
 class SharedNegatives:
     """Draws negatives that a whole batch shares.
 
-    Q [V+1] is the probability of each item: half its share of the training items, half uniform among the
-    items that occur.
+    Q [V+1] is the probability of each item. It is the mean of two distributions: the items of training, and
+    uniform over the items that occur.
     """
 
     def __init__(self, data, histories):
@@ -641,7 +644,7 @@ def with_dropout(module, on):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+# at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
@@ -750,7 +753,7 @@ def join_processes(device):
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes. All have one dtype. None is skipped."""
+    """Replace each tensor by its sum over all processes. Entries that are None are left out. One dtype."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
         total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
@@ -790,8 +793,8 @@ def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
     This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
-    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
-    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
+    items the output depends on. The run ends if the file is damaged, or is no model for the ids of `data`. It
+    also ends if the model was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -802,8 +805,10 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
+        if config["items"] < num_items:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
+        if min(config["max_length"], config.get("sees", 1)) < 1:
+            raise ValueError("its max_length or sees is below 1")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
@@ -811,6 +816,7 @@ def load_model(path, data, device, any_data=False):
             raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        # without `sees`, the output depends on all items
         longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
         items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
         whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))
@@ -825,14 +831,15 @@ def load_model(path, data, device, any_data=False):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
-    checkpoint held: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` has what else the last
+    `end_epoch` of a resumed run has stored, by name; it is empty for a new run.
     """
 
     def __init__(self, args, data, models, parts=()):
         self.out, self.parts, self.log, self.state = args.out, parts, [], {}
         checkpoint = Path(f"{args.out}.ckpt")
         inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
+        # OUT need not be one of `models`
         for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
             is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
             if is_input or path.exists() and not path.is_file():
@@ -860,12 +867,13 @@ class Run:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns of some damaged files
-                    values, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                    saved, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
                 sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
-            names = values.keys() | must_match.keys()
-            if changed := sorted(name for name in names if values.get(name) != must_match.get(name)):
+            names = saved.keys() | must_match.keys()
+            if changed := sorted(name for name in names if saved.get(name) != must_match.get(name)):
                 sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            # stages 1, 3 and 4 store the `best` epoch, whose models are written
             if self.state.get("best") and not all(Path(model).exists() for model in models):
                 sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
@@ -884,9 +892,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+        """Print `line` and `mark`, and log `line`. Renew the checkpoint, or remove it after the last epoch.
 
-        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        `line` has at least `epoch` and `seconds`. The time left is a lower bound: where a stage stops early,
+        a better epoch restarts the patience.
         """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
@@ -934,7 +943,7 @@ def main(argv=None):
     add("--random", type=number(float, 0), nargs="?", const=math.inf, metavar="COST", help=random_help)
     add = parser.add_argument
     add("--cells", type=count, default=4, help="K: cells, one architecture, each with its own weights")
-    add("--nodes", type=count, default=3, help="N: nodes of a cell after its input")
+    add("--nodes", type=count, default=3, help="nodes of a cell after its input")
     add("--dim", type=count, default=64, help="d_S: size of hidden states and item vectors")
     names = list(OPERATIONS)
     add("--operations", nargs="+", choices=names, default=names, help="O: what an edge may use")

@@ -9,8 +9,8 @@ items drawn by how much their rankings disagree:
 
 Reads   interactions, `user item` per row (data/README.md), and two model files (README.md, "The model file").
         The files are of trained sequence models, or of an earlier run. --base bpr and cdae need no files.
-Writes  OUT-teacher.pt2 and OUT-student.pt2, each of its epoch with the best validation NDCG@10: an epoch of
-        joint training, or the model before it. OUT.log.jsonl, a line per epoch.
+Writes  OUT-teacher.pt2 and OUT-student.pt2, each at its best validation NDCG@10: after an epoch of joint
+        training, or before it. OUT.log.jsonl, a line per epoch.
 Shapes  B users (bpr: pairs of user and item), T positions, N observed items of a batch. V items, e features
         of an output, k samples, n interactions. Item 0 is padding.
 
@@ -82,7 +82,7 @@ def p_student_to_teacher(rank_T, rank_S, epsilon):
 def p_teacher_to_student(rank_T, rank_S, epsilon):
     """p_{T->S}(i|u), not normalised: tanh(max((rank_S(i) - rank_T(i)) epsilon_t, 0)). Ranks and p are [B, V].
 
-    These items teach the student: those where the teacher is ahead, nearly alike where it is far ahead.
+    These items teach the student: those where the teacher is ahead, nearly alike once it is far ahead.
     """
     ahead = np.maximum((rank_S - rank_T).astype(np.float32) * np.float32(epsilon), 0)
     return np.tanh(ahead) * (rank_T > 0)
@@ -92,7 +92,7 @@ def sampling_weights(rank_T, rank_S, args):
     """The weights [B, V] by which items are drawn, for the teacher and for the student.
 
     `uniform` takes all unobserved items alike, `top` the TOP best items of the other model. The sign
-    `published` swaps the ranks, because the published code gives the best item the largest rank.
+    `published` swaps the ranks: in the published code the best item has the largest, which turns differences.
     """
     if args.sampling == "uniform":
         return (rank_T > 0).astype(np.float32), (rank_T > 0).astype(np.float32)
@@ -230,7 +230,8 @@ class CDAE(nn.Module):
 
 
 # Default options of the bases. Those of bpr and cdae are in the published notebooks (cells 8, 9, 11 and 8, 9,
-# 12). There, a weight decay of 1e-3 goes with sums over a batch, here with means.
+# 12). Their weight decay of 1e-3 is for losses summed over a batch. Here losses are means, so it is divided
+# by the observed items of a batch: 128 with bpr.
 OPTIONS = "learning_rate temperature epsilon_exp epsilon_tanh batch_size warm_up_weight_decay"
 OPTIONS += " samples warm_up epochs"
 Defaults = namedtuple("Defaults", OPTIONS)
@@ -259,7 +260,7 @@ def renew(modules, windows, data, histories, args, epoch, num_epochs):
     """
     num_items, k, better = data.items.max(), args.samples, torch.zeros(2, dtype=torch.float64)
     drawn = np.zeros((2, num_epochs, len(data.items) * k), np.int32)
-    rows = max(1, min(256, 2**21 // num_items))
+    rows = max(1, min(256, 2**21 // num_items))  # users per slice, for the memory
     slices = [slice(n, n + rows) for n in range(0, len(histories.users), rows)]
     for part in slices[RANK::PROCESSES]:
         users, begin, end = (column[part] for column in histories)
@@ -278,7 +279,7 @@ def renew(modules, windows, data, histories, args, epoch, num_epochs):
             b, e, rng = begin[row], end[row], np.random.default_rng([args.seed, epoch, 1, user])
             for side in (0, 1):
                 drawn[side, :, b * k : e * k] = draw_items(weights[side][row], (num_epochs, (e - b) * k), rng)
-            if data.evaluated[user]:
+            if data.evaluated[user]:  # rank 0: the user has had the item before
                 rank_T, rank_S = (rank[row, data.items[e] - 1] for rank in ranks)
                 better += torch.tensor([rank_S < rank_T, rank_T > 0])
     drawn = torch.from_numpy(drawn)
@@ -300,7 +301,8 @@ def losses(modules, ids, history, negatives, drawn, args):
         state = last_output(output, history.to(args.device))
         sides.append((state, item_vectors, zero_logit(args.base, state, item_vectors)))
     l_bd = [torch.zeros_like(loss) for loss in l_cf]
-    for A, weight in enumerate((args.lambda_teacher, args.lambda_student)):  # A learns from the other model
+    # lambda_S->T, then lambda_T->S: A learns from the other model
+    for A, weight in enumerate((args.lambda_teacher, args.lambda_student)):
         if drawn is not None and weight:
             z = [logits(state, vectors, drawn[A]) - zero for state, vectors, zero in sides]
             l_bd[A] = bd_loss(z[A][drawn[A] > 0], z[1 - A][drawn[A] > 0], args.temperature)
@@ -319,6 +321,7 @@ def joint_batch(data, rows, batch, unseen, drawn, args, rng):
     if unseen:
         negatives = torch.from_numpy(unseen.draw(np.broadcast_to(users[:, None, None], negatives.shape), rng))
     if drawn is not None:
+        # the k of items[t] stand at [t k, (t + 1) k); 0 is padding, or a user for whom nothing was drawn
         teaching = torch.stack([pad_batch(items, begin * k, end * k) for items in drawn.numpy()])
         if args.negatives == "drawn":
             negatives = torch.where(teaching > 0, teaching, negatives.flatten(2)).view_as(negatives)
@@ -372,7 +375,7 @@ def train(args):
     data, histories, rows, validation_users, unseen, configs, programs, modules, optimizers = set_up(args)
     windows = [config.get("sees", config["max_length"]) for config in configs]
     lambdas = args.lambda_teacher, args.lambda_student
-    # a sequence model has no loss for the first item
+    # a sequence model, whose base has no class, has no loss for the first item
     num_observed = (rows.end - rows.begin - (BASES[args.base].model is None)).sum()
     teaches = args.direction == "both" and (any(lambdas) or args.negatives == "drawn")
     models = [f"{args.out}-teacher.pt2", f"{args.out}-student.pt2"]
@@ -388,7 +391,7 @@ def train(args):
             num_epochs = min(args.period, args.epochs - joint)
             drawn, line["student_better"] = renew(modules, windows, data, histories, args, epoch, num_epochs)
             line["renewal_seconds"] = time.time() - start
-        drawn_now = None if drawn is None else drawn[:, joint % args.period]
+        drawn_now = None if drawn is None else drawn[:, joint % args.period]  # [2, n k]
         rng, batches = epoch_batches(rows.end - rows.begin, args.batch_size, args.seed, epoch)
         total = torch.zeros(4, dtype=torch.float64, device=args.device)
         for module in modules:
@@ -414,6 +417,7 @@ def train(args):
             line |= zip(names, (total / num_observed).tolist(), strict=True)
         line["seconds"] = time.time() - start
         # the warm-up is validated every --period epochs only: validation takes longer than an epoch
+        # joint -1 is the end of the warm-up, or the given models
         if joint >= -1 or epoch % args.period == 0:
             for side, kind in enumerate(("teacher", "student")):
                 hr, ndcg = validate(modules[side], data, validation_users, windows[side], args.device)
@@ -445,7 +449,7 @@ def with_dropout(module, on):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+# at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
@@ -574,7 +578,7 @@ def join_processes(device):
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes. All have one dtype. None is skipped."""
+    """Replace each tensor by its sum over all processes. Entries that are None are left out. One dtype."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
         total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
@@ -660,8 +664,8 @@ def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
     This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
-    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
-    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
+    items the output depends on. The run ends if the file is damaged, or is no model for the ids of `data`. It
+    also ends if the model was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -672,8 +676,10 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
+        if config["items"] < num_items:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
+        if min(config["max_length"], config.get("sees", 1)) < 1:
+            raise ValueError("its max_length or sees is below 1")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
@@ -681,6 +687,7 @@ def load_model(path, data, device, any_data=False):
             raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        # without `sees`, the output depends on all items
         longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
         items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
         whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))
@@ -695,14 +702,15 @@ def load_model(path, data, device, any_data=False):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
-    checkpoint held: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` has what else the last
+    `end_epoch` of a resumed run has stored, by name; it is empty for a new run.
     """
 
     def __init__(self, args, data, models, parts=()):
         self.out, self.parts, self.log, self.state = args.out, parts, [], {}
         checkpoint = Path(f"{args.out}.ckpt")
         inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
+        # OUT need not be one of `models`
         for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
             is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
             if is_input or path.exists() and not path.is_file():
@@ -730,12 +738,13 @@ class Run:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns of some damaged files
-                    values, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                    saved, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
                 sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
-            names = values.keys() | must_match.keys()
-            if changed := sorted(name for name in names if values.get(name) != must_match.get(name)):
+            names = saved.keys() | must_match.keys()
+            if changed := sorted(name for name in names if saved.get(name) != must_match.get(name)):
                 sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            # stages 1, 3 and 4 store the `best` epoch, whose models are written
             if self.state.get("best") and not all(Path(model).exists() for model in models):
                 sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
@@ -754,9 +763,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+        """Print `line` and `mark`, and log `line`. Renew the checkpoint, or remove it after the last epoch.
 
-        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        `line` has at least `epoch` and `seconds`. The time left is a lower bound: where a stage stops early,
+        a better epoch restarts the patience.
         """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]
@@ -809,7 +819,7 @@ def main(argv=None):
     add("--epsilon-tanh", type=positive, help="epsilon_t of p_T->S")
     add("--batch-size", type=count, help="users per batch; with bpr, observed pairs")
     add("--warm-up-weight-decay", **pair, type=positive, help="of Adam, in the warm-up")
-    add("--samples", type=count, help="k: per observed item, negatives, and items that teach")
+    add("--samples", type=count, help="k: negatives per observed item, and as many that teach")
     add("--warm-up", type=number(int, 0), help="epochs alone; 0 if models are given")
     add("--epochs", type=number(int, 0), help="epochs of joint training; 0 writes the models after warm-up")
     add("--lambda-teacher", type=positive, default=0.5, help="lambda_S->T, weight of L_BD(T;S)")

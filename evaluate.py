@@ -39,8 +39,8 @@ BATCH = 256  # users per batch, where batches are timed
 
 # ---- Accuracy --------------------------------------------------------------------------------------------
 
-# Each user's value from the rank of the target, 1 for the best: float64 [users]. An entry here is all that a
-# new metric needs.
+# A function of the target's rank, 1 for the best, and k: each user's value, float64 [users]. A new metric is
+# one more entry.
 METRICS = {
     "HR": lambda rank, k: (rank <= k).astype(float),
     "NDCG": lambda rank, k: (rank <= k) / np.log2(rank + 1),
@@ -122,7 +122,7 @@ def rank_all(scorer, window, data, inputs, users, end, args):
             drawn = draw_candidates(weight, seen, target, args.negatives, generator).to(args.device)
             kept = torch.cat([drawn, torch.from_numpy(target)[:, None].to(args.device)], 1)
             scores = torch.full_like(scores, -math.inf).scatter(1, kept, scores.gather(1, kept))
-        if args.keep_seen or args.protocol != "full":  # the protocols have left out seen items already
+        if args.keep_seen or args.protocol != "full":  # else seen items are -inf already
             seen = [[]] * len(part)
         ranks[part] = rank_of_target(scores, target, seen, data.catalogue).cpu()
     return ranks
@@ -210,6 +210,7 @@ def evaluate(args):
         users = np.sort(np.random.default_rng(args.seed).choice(users, args.users, replace=False))
     end = data.train_end[users] + (args.split == "test")
     if args.protocol != "full":
+        # history and target: neither can be drawn
         seen = [len(np.unique(data.items[b : e + 1])) for b, e in zip(data.starts[users], end, strict=True)]
         possible = len(data.catalogue) - np.array(seen) >= args.negatives
         if not possible.any():
@@ -244,12 +245,13 @@ def evaluate(args):
         sizes = count_parameters(model)
         report["parameters"], report["parameters_without_embeddings"] = sizes
         report["window"] = window
-        reports.append(report)  # before the timing: the first model is its own baseline
+        reports.append(report)  # before the timing, as speed-ups divide reports[0]
         report["macs"], report["macs_item_scores"] = count_multiply_adds(model, window, args.device)
         ways = {"": scorer} | ({"_compiled": compiled(scorer, window, args.device)} if args.compile else {})
         for way, timed in ways.items():
-            report[f"ms_per_user{way}"] = milliseconds(timed, data, window, args.device, 1, 50)
-            batches = milliseconds(timed, data, window, args.device, BATCH, 3)
+            timing = timed, data, window, args.device
+            report[f"ms_per_user{way}"] = milliseconds(*timing, batch_size=1, repeats=50)
+            batches = milliseconds(*timing, batch_size=BATCH, repeats=3)
             report[f"ms_per_1000_users{way}"] = batches * 1000 / BATCH
             for name in ("ms_per_user", "ms_per_1000_users"):
                 report[f"{name}{way}_speed_up"] = reports[0][name + way] / report[name + way]
@@ -320,7 +322,7 @@ def recommend(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+# at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 
 
@@ -383,8 +385,8 @@ def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
     This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
-    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
-    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
+    items the output depends on. The run ends if the file is damaged, or is no model for the ids of `data`. It
+    also ends if the model was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -395,8 +397,10 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
+        if config["items"] < num_items:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
+        if min(config["max_length"], config.get("sees", 1)) < 1:
+            raise ValueError("its max_length or sees is below 1")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
@@ -404,6 +408,7 @@ def load_model(path, data, device, any_data=False):
             raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        # without `sees`, the output depends on all items
         longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
         items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
         whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))

@@ -137,7 +137,7 @@ def bce_loss(output, item_vectors, target, negatives):
 def sampled_log_softmax(output, item_vectors, target, negatives, log_count):
     """Log-probabilities [N, 1 + k]: of the target in column 0, then of the `negatives` [k] of the batch.
 
-    Likely items are drawn too often. This is corrected: each score is lowered by `log_count` [k], the log of
+    Frequent items are drawn more often. To correct this, each score is lowered by `log_count` [k], the log of
     the item's expected count among the k (Bengio and Senecal, 2008). A negative that is the target is masked.
     """
     target_score = (output * F.embedding(target, item_vectors)).sum(1, keepdim=True)
@@ -156,8 +156,8 @@ LOSSES = {
 class SharedNegatives:
     """Draws negatives that a whole batch shares.
 
-    Q [V+1] is the probability of each item: half its share of the training items, half uniform among the
-    items that occur.
+    Q [V+1] is the probability of each item. It is the mean of two distributions: the items of training, and
+    uniform over the items that occur.
     """
 
     def __init__(self, data, histories):
@@ -209,7 +209,7 @@ def set_up(args):
     data = read_interactions(args.data)
     histories, validation_users = training_part(data, args.max_length, args.seed)
     unseen = UnseenItems(data) if args.loss == "bce" else None
-    if unseen:
+    if unseen:  # without users who have seen every item
         histories = Histories(*(column[unseen.possible[histories.users]] for column in histories))
     num_items, scaled = int(data.items.max()), args.blocks >= 4
     model = SASRec(num_items, args.max_length, args.dim, args.blocks, args.heads, args.dropout, scaled)
@@ -247,12 +247,12 @@ def train(args):
                 drawn = torch.from_numpy(unseen.draw(users, rng)[RANK::PROCESSES, : inputs.shape[1]])
                 loss_inputs = (drawn[real],)  # [B, T, k] -> [N, k]
             elif args.loss == "sampled":
-                loss_inputs = sampler.draw(k, rng)
+                loss_inputs = sampler.draw(k, rng)  # negatives [k] and log_count [k]
             _, output, item_vectors = model(ids, inputs)
             loss_inputs = [x.to(args.device) for x in loss_inputs]
             loss = LOSSES[args.loss](output[real], item_vectors, target, *loss_inputs)
             optimizer.zero_grad()
-            # the loss is a mean over the batch; this factor gives all positions of the epoch equal weight
+            # the loss is a mean over these rows; this factor gives all positions of the epoch equal weight
             (loss * len(target) * num_batches / num_positions).backward()
             sum_over_processes([weight.grad for weight in model.parameters()])
             optimizer.step()
@@ -279,7 +279,7 @@ def train(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+# at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
@@ -388,7 +388,7 @@ def join_processes(device):
 
 
 def sum_over_processes(tensors):
-    """Replace each tensor by its sum over all processes. All have one dtype. None is skipped."""
+    """Replace each tensor by its sum over all processes. Entries that are None are left out. One dtype."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if dist.is_initialized() and tensors:
         total = nn.utils.parameters_to_vector(tensors)  # one all_reduce instead of one per tensor
@@ -478,14 +478,15 @@ def export(model, max_length):
 class Run:
     """The files of a run: models, the log OUT.log.jsonl, and the checkpoint OUT.ckpt, which --resume reads.
 
-    `parts` are the modules and optimizers whose states the checkpoint holds. `state` is what else a resumed
-    checkpoint held: tensors and plain values, by name.
+    `parts` are the modules and optimizers whose states the checkpoint holds. `state` has what else the last
+    `end_epoch` of a resumed run has stored, by name; it is empty for a new run.
     """
 
     def __init__(self, args, data, models, parts=()):
         self.out, self.parts, self.log, self.state = args.out, parts, [], {}
         checkpoint = Path(f"{args.out}.ckpt")
         inputs = [vars(args).get(name) for name in ("data", "teacher", "student", "architecture")]
+        # OUT need not be one of `models`
         for path in map(Path, [args.out, *models, f"{args.out}.log.jsonl", checkpoint]):
             is_input = path.exists() and any(path.samefile(other) for other in inputs if other)
             if is_input or path.exists() and not path.is_file():
@@ -513,12 +514,13 @@ class Run:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns of some damaged files
-                    values, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
+                    saved, states, self.log, self.state = torch.load(content, "cpu", weights_only=True)
             except Exception:  # whatever unpickling meets in another file
                 sys.exit(f"{checkpoint} cannot be resumed: it is not a checkpoint")
-            names = values.keys() | must_match.keys()
-            if changed := sorted(name for name in names if values.get(name) != must_match.get(name)):
+            names = saved.keys() | must_match.keys()
+            if changed := sorted(name for name in names if saved.get(name) != must_match.get(name)):
                 sys.exit(f"{checkpoint} cannot be resumed: it is of a run with another {', '.join(changed)}")
+            # stages 1, 3 and 4 store the `best` epoch, whose models are written
             if self.state.get("best") and not all(Path(model).exists() for model in models):
                 sys.exit(f"{checkpoint} cannot be resumed: a model that the run wrote is missing")
             for part, state in zip(parts, states, strict=True):
@@ -537,9 +539,10 @@ class Run:
         write(path, buffer.getvalue())
 
     def end_epoch(self, line, epochs_left, mark="", **state):
-        """Print `line` and add it to the log. Renew the checkpoint, or remove it after the last epoch.
+        """Print `line` and `mark`, and log `line`. Renew the checkpoint, or remove it after the last epoch.
 
-        The time left is a lower bound: `epochs_left` grows when validation gets better.
+        `line` has at least `epoch` and `seconds`. The time left is a lower bound: where a stage stops early,
+        a better epoch restarts the patience.
         """
         self.log.append(line)
         figures = [f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float)]

@@ -151,7 +151,7 @@ def write_untrained(args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+# at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 
 

@@ -156,7 +156,7 @@ def follow(loss_of, weights, histories, args):
 
 # The history of user_ids[u] is items[starts[u]:starts[u + 1]], oldest first. Leave-one-out: user u trains on
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
-# at train_end[u], the test item behind it. `catalogue` are the items that occur; `sha256` is of the table.
+# at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
 # Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
 Histories = namedtuple("Histories", "users begin end")
@@ -241,8 +241,8 @@ def load_model(path, data, device, any_data=False):
     """The module of a model file on `device`, with dropout off, and its config.
 
     This adds to the config `layers`, L, and `dim`, d, of the hidden states, and `window`, how many recent
-    items the output depends on. It ends the run if the file is damaged, breaks the contract of model files,
-    or is for other items or users than `data`; or was trained on other data, unless `any_data`.
+    items the output depends on. The run ends if the file is damaged, or is no model for the ids of `data`. It
+    also ends if the model was trained on other data, unless `any_data`.
     """
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback for a bad file
     file, extra, num_items = io.BytesIO(Path(path).read_bytes()), {"config.json": ""}, data.items.max()
@@ -253,8 +253,10 @@ def load_model(path, data, device, any_data=False):
         program = torch.export.load(file, extra_files=extra)
         with_dropout(program.graph_module, False)
         config = json.loads(extra["config.json"])
-        if config["items"] < num_items or min(config["max_length"], config.get("sees", 1)) < 1:
+        if config["items"] < num_items:
             raise ValueError(f"it is for {config['items']} items, the data have ids up to {num_items}")
+        if min(config["max_length"], config.get("sees", 1)) < 1:
+            raise ValueError("its max_length or sees is below 1")
         example = torch.tensor([data.user_ids.max()]), torch.tensor([[num_items]])
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
@@ -262,6 +264,7 @@ def load_model(path, data, device, any_data=False):
             raise ValueError("its results do not have the shapes of a model file")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
+        # without `sees`, the output depends on all items
         longest, window = config["max_length"], min(config["max_length"], config.get("sees", 10**9))
         items = torch.randint(1, num_items + 1, (1, longest), generator=torch.Generator().manual_seed(0))
         whole, cut = (program.module()(example[0], items[:, -n:])[1][:, -1] for n in (longest, window))

@@ -33,6 +33,7 @@ HELD = {  # names, and all scripts that hold them
     "last_output": TEACHER | DISTILL | BIDIRECTIONAL | EVALUATE | ASREP,
     "Block": TEACHER | DT4SR,
     "follow training_rows write_student": STUDENTS,
+    "refuse_to_overwrite": STUDENTS | ASREP | DT4SR,
     "rest_of": {"dfa_distill", "statistics_distill"},
 }
 HELD = {name: {*scripts} for names, scripts in HELD.items() for name in names.split()}

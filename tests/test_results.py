@@ -116,8 +116,10 @@ def test_the_table_of_the_demo_is_what_its_run_says(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     block = page[page.index(lines[0]) :]
     assert len(block) > 0 and set(block[: block.index("```")].splitlines()) <= {*lines}
-    before, after = (" and ".join(f"{r['NDCG@10']:.4f}" for r in found["last"][k : k + 2]) for k in (0, 2))
-    assert f"NDCG@10 was {before} before, and {after} after" in " ".join(page.split())
+    scores = [f"{report['NDCG@10']:.4f}" for report in found["last"]]
+    for kind, (before, alone, bd) in zip(("teacher", "student"), (scores[:3], scores[3:]), strict=True):
+        said = f"The {kind}'s NDCG@10 was {before} before, {alone} alone and {bd} with BD."
+        assert said in " ".join(page.split())
 
 
 def test_a_claim_is_drawn_without_the_others(tmp_path):

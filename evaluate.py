@@ -452,7 +452,7 @@ def main(argv=None):
     add("--negatives", type=count, default=100, help="items drawn per user by uniform and popularity")
     add("--keep-seen", action="store_true", help="also rank items of the history (full ranking)")
     add("--inputs", help="histories for the models to read, with more items before them (related/asrep.py)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of negatives, users and the bootstrap")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="draws negatives, users, the bootstrap")
     add("--users", type=count, help="evaluate only so many users, drawn at random")
     add("--ranks", help="also write the rank of each user's item, [users, models], to this .npy file")
     add("--compile", action="store_true", help="also time the models compiled; needs a C++ compiler")

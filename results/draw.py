@@ -149,7 +149,7 @@ def front():
         def show(data):
             found = of_students(data, name)
             share = found / made(f"{data}-teacher", "students")["NDCG@10"]
-            return f"{spread(found)}, **{share.mean():.1%}**" if len(found) else MISSING
+            return f"{spread(found)}, **{share.mean():.1%}**" if len(found) else "–"
 
         return show
 
@@ -157,14 +157,14 @@ def front():
         runs = {name: [figures("students", f"{data}-64-{name}-{s}") for s in range(3)] for name in KIND}
         pairs = [pair for pair in zip(*runs.values(), strict=True) if all(pair)]
         if not pairs:
-            return MISSING
+            return "–"
         gap = np.mean([gains(one["ranks"], 10) - gains(two["ranks"], 10) for one, two in pairs], 0)
         return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}"
 
     def faster(keys):
         def show(data):
             found = figures("students", f"{data}-latency").get("models")
-            return "; ".join(f"{found[0][k] / found[1][k]:.1f}x" for k in keys) if found else MISSING
+            return "; ".join(f"{found[0][k] / found[1][k]:.1f}x" for k in keys) if found else "–"
 
         return show
 
@@ -573,7 +573,7 @@ def draw_scenes(plt):
             look = {"color": colour, "label": label, "ms": 7, "mec": "white", "mew": 0.6}
             y = values(runs, claim="students")
             above.plot(values(runs, "macs", "students") / 1e6, y, marker, **look)
-            file = f"{name}.pt2" if name == "teacher" else f"{name}-0.pt2"
+            file = "teacher.pt2" if name == "teacher" else f"{name.split('-')[0]}-untrained.pt2"
             if len(y) and file in latency:
                 below.plot(latency[file]["ms_per_1000_users_compiled"], y.mean(), marker, **look)
         for axis in (above, below):

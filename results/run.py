@@ -180,8 +180,13 @@ def students():
             path = architecture(f"{runs}-{dim}.json", better_search(data), dim)
             for name, teacher in (("taught", taught), ("alone", "")):
                 yield student_of(data, f"{dim}-{name}", path, seed, f"{LONG} {teacher}")
-        models = " ".join([f"{runs}-teacher.pt2", *(f"{runs}-{dim}-taught-0.pt2" for dim in (64, 128, 32))])
-        yield f"{data}-latency", [f"evaluate.py {file} {models} --compile --json"]
+        commands, models = [], f"{runs}-teacher.pt2"
+        for dim in (64, 128, 32):  # untrained, since training does not change the time
+            path = architecture(f"{runs}-{dim}.json", better_search(data), dim)
+            build = f"adarec_search.py {file} --architecture {path} {options['build']}"
+            commands.append(f"{build} --out {runs}-{dim}-untrained.json")
+            models += f" {runs}-{dim}-untrained.pt2"
+        yield f"{data}-latency", [*commands, f"evaluate.py {file} {models} --users 100 --compile --json"]
         cost = figures("students", f"{data}-search-with").get("cost", "COST")
         for k, seed in itertools.product(range(12), range(2)):
             path = f"{runs}-random{k}.json"

@@ -578,9 +578,10 @@ def draw_scenes(plt):
                 below.plot(latency[file]["ms_per_1000_users_compiled"], y.mean(), marker, **look)
         for axis in (above, below):
             axis.axhline(top, color="#000000", lw=0.8, ls=":")
-            axis.set(xscale="log")
-        above.set(title=data, xlabel="million multiply-adds of a request")
-        below.set(xlabel="ms for 1,000 users, compiled, in batches")
+            axis.set(xscale="log", ylim=(0.8 * top, 1.06 * top))
+            axis.minorticks_off()
+        above.set(title=data, xlabel="million multiply-adds", xlim=(0.05, 500))
+        below.set(xlabel="ms for 1,000 users, compiled", xlim=(10, 20_000))
     for axis in axes[:, 0]:
         axis.set_ylabel("test NDCG@10")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)

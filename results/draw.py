@@ -171,7 +171,7 @@ def front():
     KIND = "taught", "alone"
     compiled = [f"{key}_compiled" for key in SPEED]
     rows = {"teacher": teacher_of, "student, 64 wide, distilled": accuracy("64-taught")}
-    rows |= {"the same student, alone": accuracy("64-alone"), "p of equal accuracy, distilled and alone": p}
+    rows |= {"the same student, alone": accuracy("64-alone"), "p, distilled against alone": p}
     rows |= {"student, 128 wide, distilled": accuracy("128-taught")}
     rows |= {"student, 32 wide, distilled": accuracy("32-taught")}
     rows |= {"operations of the students' cells": lambda data: f"`{better_search(data)}`"}

@@ -1,6 +1,6 @@
 # make demo    from nothing through all four stages to tables of their models, in runs/
 # make test    the checks
-# make related the five neighbours of related/, each on ml-100k, and tables of them, in runs/
+# make related the six neighbours of related/, each on ml-100k, and tables of them, in runs/
 # make results the tables and pictures of README.md and results/, from the JSON files of results/runs
 # make results-from-nothing CLAIM=8    the runs of a section of results/README.md that are missing, and then these
 # make lint    ruff, as CI runs it
@@ -38,7 +38,7 @@ demo: .venv/ready $(DATA)
 	@echo "MovieLens-100K is small: here, a teacher adds little to what a student learns alone."
 	@echo "results/README.md, section 2, has the data sets on which it adds more."
 
-# teacher of 4 blocks, students of 2 blocks of 32; asrep.py and dt4sr.py make what emd_distill.py trains
+# teacher of 4 blocks, students of 2 blocks of 32
 related: .venv/ready $(DATA)
 	rm -f runs/*.ckpt
 	$(VENV) sasrec_teacher.py $(DATA) --blocks 4 --epochs 30 --out runs/four.pt2
@@ -46,19 +46,17 @@ related: .venv/ready $(DATA)
 	$(VENV) emd_distill.py $(DATA) --student runs/two.pt2 $(SAME) --out runs/two-alone.pt2
 	$(VENV) related/dfa_distill.py $(DATA) --teacher runs/four.pt2 --student runs/two.pt2 --out runs/dfa.pt2
 	$(VENV) related/statistics_distill.py $(DATA) --teacher runs/four.pt2 --student runs/two.pt2 --out runs/statistics.pt2
-	$(VENV) related/dt4sr.py $(DATA) --dim 32 --out runs/gaussians.pt2
-	$(VENV) emd_distill.py $(DATA) --student runs/gaussians.pt2 $(SAME) --out runs/dt4sr.pt2
-	$(VENV) related/asrep.py $(DATA) --out runs/reversed.txt
-	$(VENV) sasrec_teacher.py runs/reversed.txt --dim 32 --epochs 30 --out runs/backward.pt2
-	$(VENV) related/asrep.py $(DATA) --backward runs/backward.pt2 --out runs/asrep.txt
-	$(VENV) emd_distill.py runs/asrep.txt --student runs/asrep.pt2 $(SAME) --out runs/forward.pt2
+	$(VENV) related/ranking_distill.py $(DATA) --teacher runs/four.pt2 --student runs/two.pt2 --out runs/ranking.pt2
+	$(VENV) related/dt4sr.py $(DATA) --dim 16 --out runs/dt4sr.pt2
+	$(VENV) related/asrep.py $(DATA) --start runs/two.pt2 --reverse --out runs/backward.pt2
+	$(VENV) related/asrep.py $(DATA) --start runs/backward.pt2 --generator runs/backward.pt2 --fill 40 --out runs/asrep.pt2
 	$(VENV) related/domain_distill.py $(DATA) --split --out runs/scene
 	$(VENV) sasrec_teacher.py runs/scene-source.txt --epochs 30 --out runs/source.pt2
 	$(VENV) sasrec_teacher.py runs/scene-target.txt --dim 32 --epochs 0 --out runs/target.pt2
 	$(VENV) related/domain_distill.py runs/scene-target.txt --source runs/scene-source.txt --teacher runs/source.pt2 --student runs/target.pt2 --out runs/domain.pt2
 	$(VENV) evaluate.py runs/scene-target.txt runs/source.pt2 runs/domain.pt2
-	$(VENV) evaluate.py $(DATA) runs/forward.pt2 --inputs runs/asrep.txt
-	$(VENV) evaluate.py $(DATA) runs/two-alone.pt2 runs/dfa.pt2 runs/statistics.pt2 runs/dt4sr.pt2 runs/forward.pt2
+	$(VENV) evaluate.py $(DATA) runs/asrep.pt2 --inputs runs/asrep.txt
+	$(VENV) evaluate.py $(DATA) runs/two-alone.pt2 runs/dfa.pt2 runs/statistics.pt2 runs/ranking.pt2 runs/dt4sr.pt2 runs/asrep.pt2
 
 # in two processes of one thread each
 test: .venv/ready

@@ -102,6 +102,7 @@ MAPPINGS = {
     "emd": transport,
     "one-to-one": lambda w_S, w_T, D: np.eye(len(w_T))[matched_layers(*D.shape)] / len(w_S),
     "last": lambda w_S, w_T, D: np.outer(np.eye(len(w_S))[-1], np.eye(len(w_T))[-1]),  # last layers only
+    "none": lambda w_S, w_T, D: np.zeros(D.shape),  # L_hid = 0
 }
 
 

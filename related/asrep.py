@@ -1,25 +1,26 @@
-"""ASReP: pseudo-prior items in front of short histories.
+"""ASReP: a model that is trained backwards in time makes short histories longer.
 
 Liu, Fan, Wang and Yu, "Augmenting Sequential Recommendation with Pseudo-Prior Items via Reversely
 Pre-training Transformer", SIGIR 2021, arXiv 2105.00522.
 
-A model that is trained backwards in time predicts the item before a history. The items that it generates make
-short histories longer. Then its weights are trained forwards, on the longer histories. sasrec_teacher.py and
-emd_distill.py train. This script reverses the histories and generates the items.
+1. --reverse trains a model on reversed histories, so that it predicts the item before a history.
+2. With this model as --generator, each short history gets generated items in front: pseudo-prior items.
+3. The weights of the same model are trained forwards, on the filled histories.
 
-The reversed histories contain no validation or test item. In the published code they do.
+The generator reads training items only. In the published code, it also reads the validation and the test
+item, right before it generates (--order published). The script prints how often the first generated item
+occurs in a training history together with the test item: this shows how much it knows of the test item.
 
-    python related/asrep.py data/beauty.txt --out runs/reversed.txt
-    python sasrec_teacher.py runs/reversed.txt --out runs/backward.pt2
-    python related/asrep.py data/beauty.txt --backward runs/backward.pt2 --out runs/asrep.txt
-    python emd_distill.py runs/asrep.txt --student runs/asrep.pt2 --out runs/forward.pt2
-    python evaluate.py data/beauty.txt runs/forward.pt2 --inputs runs/asrep.txt
+    python sasrec_teacher.py data/ml-100k.txt --epochs 0 --out runs/untrained.pt2
+    python related/asrep.py data/ml-100k.txt --start runs/untrained.pt2 --reverse --out runs/backward.pt2
+    python related/asrep.py data/ml-100k.txt --start runs/backward.pt2 --generator runs/backward.pt2 --fill 40 \
+        --out runs/asrep.pt2
+    python evaluate.py data/ml-100k.txt runs/asrep.pt2 --inputs runs/asrep.txt
 
-Reads   interactions, `user item` a row (data/README.md); with --backward, also the model that was trained on
-        the reversed histories (README.md, "The model file").
-Writes  OUT, interactions. With --backward, also this model as a model of the new data: OUT with .pt2 instead
-        of .txt.
-Shapes  B users, T positions, V items. Item 0 is padding.
+Reads   interactions, `user item` a row (data/README.md), and model files (README.md, "The model file").
+Writes  OUT, the model of the last epoch. With --generator, also the filled histories: OUT with .txt instead
+        of .pt2.
+Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
 """
 
 import argparse
@@ -38,20 +39,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy import sparse
 from torch.export.passes import move_to_device_pass
 
-# ---- The method (sections 3.1 and 3.2) -------------------------------------------------------------------
+# ---- Reversed and filled histories (sections 3.1 and 3.2) ------------------------------------------------
 
 
 def reversed_histories(data):
-    """Training histories, newest item first, as rows `user item` [n, 2].
+    """`data` with the newest training item of each user first. Validation and test items keep their place."""
+    items = data.items.copy()
+    for begin, end in zip(data.starts[:-1], data.train_end, strict=True):
+        items[begin:end] = items[begin:end][::-1]
+    return data._replace(items=items)
 
-    A last row holds the largest item id, so the number of items stays. Its user has no other interaction, and
-    so is neither trained on nor evaluated.
+
+def generator_input(data, user, order):
+    """What the generator reads of the history of `user`, an index: its training items, newest first.
+
+    With the order `published`, the validation and then the test item follow.
     """
-    bounds = zip(data.user_ids, data.starts[:-1], data.train_end, strict=True)
-    rows = [(user, item) for user, begin, end in bounds for item in data.items[begin:end][::-1]]
-    return np.array([*rows, (data.user_ids.max() + 1, data.items.max())])
+    begin, end = data.starts[user], data.train_end[user]
+    held_out = data.items[end : data.starts[user + 1]] if order == "published" else data.items[:0]
+    return np.concatenate([data.items[begin:end][::-1], held_out])
 
 
 @torch.no_grad()
@@ -77,52 +87,182 @@ def prior_items(model, ids, histories, k, catalogue, max_length, device):
     return np.take_along_axis(table, lengths[:, None] + np.arange(k), 1)
 
 
-def lengthened_histories(model, data, max_length, args):
-    """All interactions, with --items pseudo-prior items before each short history: rows `user item` [n, 2].
+def generate(model, data, max_length, args):
+    """The pseudo-prior items of each user, the latest first: a list of arrays, empty for long histories.
 
-    A short history has fewer than --shorter-than training items. A user who is not evaluated gets no items,
-    because the new data would evaluate this user.
+    A history of n < --fill training items gets --fill - n items. A user who is not evaluated gets none,
+    because the filled data would evaluate this user.
     """
-    is_short = data.evaluated & (data.train_end - data.starts[:-1] < args.shorter_than)
-    short, prior = np.flatnonzero(is_short), {}
-    known_end = data.starts[1:] if args.whole else data.train_end
-    for n in range(0, len(short), 256):
-        users = short[n : n + 256]
-        known = [data.items[data.starts[user] : known_end[user]][::-1] for user in users]
-        of_users = model, data.user_ids[users], known, args.items, data.catalogue
-        items = prior_items(*of_users, max_length, args.device)
-        prior |= zip(users.tolist(), items[:, ::-1].tolist(), strict=True)  # oldest first
-    rows = []
-    for user, history in enumerate(np.split(data.items, data.starts[1:-1])):
-        rows += [(data.user_ids[user], item) for item in (*prior.get(user, ()), *history)]
-    return np.array(rows)
+    missing = np.where(data.evaluated, args.fill - (data.train_end - data.starts[:-1]), 0)
+    prior = [data.items[:0] for _ in missing]
+    for k in np.unique(missing[missing > 0]):  # users who miss equally many, 256 at a time
+        users = np.flatnonzero(missing == k)
+        for part in np.array_split(users, math.ceil(len(users) / 256)):
+            histories = [generator_input(data, user, args.order) for user in part]
+            ids = data.user_ids[part]
+            items = prior_items(model, ids, histories, k, data.catalogue, max_length, args.device)
+            for user, generated in zip(part, items, strict=True):
+                prior[user] = generated
+    return prior
 
 
-def checksum(rows):
-    """The `sha256` of Interactions for the rows `user item` [n, 2]."""
-    return hashlib.sha256(np.ascontiguousarray(rows, "<i8")).hexdigest()
+def filled_histories(data, prior):
+    """`data` with the items prior[u] in front of the history of user u, so that the oldest stands first."""
+    histories = np.split(data.items, data.starts[1:-1])
+    filled = [np.concatenate([p[::-1], history]) for p, history in zip(prior, histories, strict=True)]
+    starts = np.append(0, np.cumsum([len(history) for history in filled]))
+    items = np.concatenate(filled)
+    return data._replace(items=items, starts=starts, train_end=starts[1:] - 2 * data.evaluated)
 
 
-def augment(args):
-    """Write reversed histories, or with --backward the lengthened ones and the model to train on them."""
+def known_of_test_items(data, prior):
+    """How often the first generated item stands in a training history together with another item: shares.
+
+    The shares are over the users with generated items. The other item is the user's test item, newest or
+    oldest training item, or the test item of another user.
+    """
+    user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
+    in_training = np.arange(len(data.items)) < data.train_end[user]
+    pairs = user[in_training], data.items[in_training]
+    history = sparse.csr_array((np.ones(len(pairs[0])), pairs), (len(data.user_ids), data.items.max() + 1))
+    together = history.T @ history  # [V+1, V+1]: in how many training histories both items are
+    users = np.flatnonzero([len(items) for items in prior])
+    first, test = np.array([prior[user][0] for user in users]), data.items[data.starts[users + 1] - 1]
+    newest, oldest = data.items[data.train_end[users] - 1], data.items[data.starts[users]]
+    others = {"test item": test, "newest training item": newest, "oldest training item": oldest}
+    others["test item of another user"] = np.roll(test, 1)
+    return {name: np.mean(together[first, item] > 0) for name, item in others.items()}
+
+
+# ---- Losses: means over N positions ----------------------------------------------------------------------
+
+
+def bce_loss(output, item_vectors, target, negatives):
+    """-[log sigma(r_target) + sum_j log(1 - sigma(r_j))], j in `negatives` [N, k] (section III-E).
+
+    The SASRec paper has k = 1. arXiv 2309.07602 shows that more negatives are better.
+    """
+    # one look-up for all: each look-up has a gradient as large as the table
+    items = torch.cat([target[:, None], negatives], 1)
+    r = (output[:, None] * F.embedding(items, item_vectors)).sum(-1)  # [N, 1 + k]
+    return -(F.logsigmoid(r[:, 0]) + F.logsigmoid(-r[:, 1:]).sum(-1)).mean()
+
+
+class UnseenItems:
+    """Draws items uniformly among those that are not in a user's training history."""
+
+    def __init__(self, data):
+        user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
+        training = np.arange(len(data.items)) < data.train_end[user]
+        # the pair of a user and an item is one number, user * (V + 1) + item: a look-up is a binary search
+        self.catalogue, self.base = data.catalogue, int(data.items.max()) + 1
+        self.seen = np.unique((user * self.base + data.items)[training])
+        num_seen = np.bincount(self.seen // self.base, minlength=len(data.user_ids))
+        self.possible = num_seen < len(self.catalogue)
+        if not self.possible.any():
+            sys.exit(f"{data.path}: every user has seen every item, so none is left to draw")
+        if not self.possible.all():
+            num_left_out = (~self.possible).sum()
+            print(f"note: {num_left_out} users have seen every item and are left out", file=sys.stderr)
+
+    def draw(self, users, rng):
+        """An item for each entry of `users`, indices into data.user_ids: int64 of the same shape."""
+        drawn, wrong = np.zeros(users.size, int), np.arange(users.size)
+        while len(wrong):
+            drawn[wrong] = self.catalogue[rng.integers(len(self.catalogue), size=len(wrong))]
+            pair = users.flat[wrong] * self.base + drawn[wrong]
+            place = np.minimum(np.searchsorted(self.seen, pair), len(self.seen) - 1)
+            wrong = wrong[self.seen[place] == pair]
+        return drawn.reshape(users.shape)
+
+
+# ---- Training --------------------------------------------------------------------------------------------
+
+
+def train(args):
+    """Train the model of --start backwards, forwards, or forwards on filled histories, and write it."""
+    torch.manual_seed(args.seed)
     data = read_interactions(args.data)
-    rows, report = reversed_histories(data), args.out
-    if args.backward:
-        model, config = load_model(args.backward, data, args.device, any_data=True)
-        if config.get("data_sha256", checksum(rows)) != checksum(rows):
-            sys.exit(f"{args.backward} was trained on other data than the reversed histories of {args.data}")
-        if args.items + args.shorter_than + 2 > len(data.catalogue):
-            sys.exit(f"{args.data} has {len(data.catalogue)} items: too few for --shorter-than and --items")
-        rows = lengthened_histories(model, data, config["max_length"], args)
-        config = {name: config[name] for name in ("items", "max_length")}
-        config |= {"stage": Path(__file__).stem, "data_sha256": checksum(rows)}
-        config["settings"] = {name: vars(args)[name] for name in ("shorter_than", "items", "whole")}
-        buffer, program = io.BytesIO(), torch.export.load(args.backward)  # on the CPU
-        torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
-        write(Path(args.out).with_suffix(".pt2"), buffer.getvalue())
-        report = f"{args.out}: {len(rows):,} interactions, {len(data.items):,} of them real"
-    write(args.out, "".join(f"{user} {item}\n" for user, item in rows).encode())
-    print(report)
+    model, config = load_model(args.start, data, args.device)
+    program = torch.export.load(args.start)  # stays on the CPU, to be saved
+    training_data = reversed_histories(data) if args.reverse else data
+    if args.generator:
+        generator, generator_config = load_model(args.generator, data, args.device)
+        if not generator_config.get("settings", {}).get("reverse"):
+            sys.exit(f"{args.generator} was not trained with --reverse")
+        if args.fill + 2 > len(data.catalogue):
+            sys.exit(f"{args.data} has {len(data.catalogue)} items: too few for --fill")
+        prior = generate(generator, data, generator_config["max_length"], args)
+        training_data = filled_histories(data, prior)
+        if num_filled := sum(len(items) > 0 for items in prior):
+            print(f"{num_filled:,} histories filled with {sum(map(len, prior)):,} items. The first of each")
+            print("occurs in a training history together with its user's")
+            for name, share in known_of_test_items(data, prior).items():
+                print(f"{100 * share:6.1f} %  {name}")
+    histories = training_rows(training_data, config["max_length"])
+    unseen, rng = UnseenItems(training_data), np.random.default_rng(args.seed)
+    histories = Histories(*(column[unseen.possible[histories.users]] for column in histories))
+    with_dropout(model, True)
+
+    def loss_of(batch):
+        ids, inputs, real, target = batch_of(training_data, histories, batch, args.device)
+        _, output, item_vectors = model(ids, inputs)
+        if args.loss == "bce":
+            users = histories.users[batch][:, None].repeat(inputs.shape[1], 1)[real.numpy()]  # [N]
+            negatives = torch.from_numpy(unseen.draw(users[:, None], rng)).to(args.device)  # [N, 1]
+            loss = bce_loss(output[real], item_vectors, target, negatives)
+        else:
+            loss = F.cross_entropy(output[real] @ item_vectors[1:].T, target - 1)
+        return loss, {"loss": loss}
+
+    follow(loss_of, [*model.parameters()], histories, args)
+    if args.generator:
+        user = np.repeat(data.user_ids, np.diff(training_data.starts))
+        rows = zip(user.tolist(), training_data.items.tolist(), strict=True)
+        write(Path(args.out).with_suffix(".txt"), "".join(f"{u} {i}\n" for u, i in rows).encode())
+    write_student(args, data, program, model, config)
+
+
+def follow(loss_of, weights, histories, args):
+    """Minimise a loss with AdamW. The learning rate falls to 0. Print the terms of the loss, a line an epoch.
+
+    loss_of(batch) returns the loss, a mean over the positions of a batch, and its terms by name.
+    """
+    lengths = histories.end - histories.begin - 1
+    num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
+    optimizer = torch.optim.AdamW(weights, args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, args.epochs * num_batches)
+    for epoch in range(1, args.epochs + 1):
+        means, (_, batches) = {}, epoch_batches(lengths, args.batch_size, args.seed, epoch)
+        for batch in batches:
+            loss, terms = loss_of(batch)
+            share = int(lengths[batch].sum()) / num_positions  # of the positions of the epoch
+            optimizer.zero_grad()
+            (loss * share * num_batches).backward()  # each position of the epoch counts alike
+            optimizer.step()
+            schedule.step()
+            means = {name: means.get(name, 0) + term.detach() * share for name, term in terms.items()}
+        if not all(mean.isfinite() for mean in means.values()):
+            sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
+        print(f"epoch {epoch:3}", *(f" {name} {mean:.4f}" for name, mean in means.items()), flush=True)
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """The random generator and the batches (arrays of indices) of this epoch, the same in every process.
+
+    Also seeds torch for this epoch. Histories are shuffled, cut into groups, and sorted by `lengths` within a
+    group, so that batches have little padding. A group has 64 batches, or a quarter of all if that is less.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
+    order = rng.permutation(len(lengths))
+    group = batch_size * max(1, min(64, len(lengths) // batch_size // 4))
+    groups = [order[k : k + group] for k in range(0, len(order), group)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    if min(map(len, batches)) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get no rows of a batch")
+    return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -131,6 +271,8 @@ def augment(args):
 # items[starts[u]:train_end[u]]. A user with 3 interactions or more is `evaluated`: the validation item stands
 # at train_end[u], the test item after it. `catalogue` are the items that occur; `sha256` is of the table.
 Interactions = namedtuple("Interactions", "path sha256 user_ids starts items train_end evaluated catalogue")
+# Users, indices into user_ids, and for each of them the window items[begin:end]: int64 [N]
+Histories = namedtuple("Histories", "users begin end")
 
 
 def read_interactions(path):
@@ -166,11 +308,28 @@ def read_interactions(path):
     return Interactions(path, sha256, user_ids, starts, items, train_end, evaluated, catalogue)
 
 
+def training_rows(data, max_length):
+    """Histories to train on: the last max_length + 1 training items of each user who has two or more."""
+    users = np.flatnonzero(data.train_end - data.starts[:-1] >= 2)  # two items: an input and its target
+    if len(users) < 2:
+        sys.exit(f"{data.path}: fewer than 2 users have 2 interactions to train on; use a larger log")
+    end = data.train_end[users]
+    return Histories(users, np.maximum(data.starts[users], end - max_length - 1), end)
+
+
 def pad_batch(items, begin, end):
     """Histories items[begin[b]:end[b]] as rows, padded with 0 on the right: int64 tensor [B, T]."""
     places = begin[:, None] + np.arange(max(1, (end - begin).max()))  # [B, T]
     inside = places < end[:, None]
     return torch.from_numpy(np.where(inside, items[np.where(inside, places, 0)], np.int64(0)))
+
+
+def batch_of(data, histories, batch, device):
+    """User ids [B], inputs [B, T], which inputs are real [B, T] (on the CPU), and the next items [N]."""
+    users, begin, end = (column[batch] for column in histories)
+    inputs, targets = pad_batch(data.items, begin, end - 1), pad_batch(data.items, begin + 1, end)
+    real, ids = inputs > 0, torch.from_numpy(data.user_ids[users])
+    return ids.to(device), inputs.to(device), real, targets[real].to(device)
 
 
 def last_output(output, items):
@@ -182,20 +341,6 @@ def last_output(output, items):
 
 # torchrun sets both: which process this is, and of how many
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def write(path, content):
-    """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
-    if RANK:  # one process writes
-        return
-    path = Path(path).resolve()  # the target of a link
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # after a full disk or Ctrl-C
 
 
 def with_dropout(module, on):
@@ -252,6 +397,36 @@ def load_model(path, data, device, any_data=False):
     return module, config | {"layers": len(hidden) - 1, "dim": hidden.shape[3], "window": window}
 
 
+def write(path, content):
+    """Write the bytes `content` to `path`. Write a temporary file first: no reader ever finds half a file."""
+    if RANK:  # one process writes
+        return
+    path = Path(path).resolve()  # the target of a link
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # after a full disk or Ctrl-C
+
+
+def write_student(args, data, program, student, config):
+    """Write `program`, with the weights of `student` and dropout off, as a model file."""
+    with_dropout(program.graph_module, False)
+    for name, weight in student.state_dict().items():
+        program.state_dict[name].data.copy_(weight)
+    kept = {"items", "max_length", "sees", "architecture"} & config.keys()
+    paths = "data", "out", "teacher", "student", "source", "start", "generator"
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    config = {name: config[name] for name in sorted(kept)} | {"settings": settings}
+    config |= {"stage": Path(__file__).stem, "data_sha256": data.sha256}
+    buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
+    torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(args.out)  # no reader ever finds half a file
+
+
 # ---- The command line ------------------------------------------------------------------------------------
 
 # --help shows the text at the top of this file as it stands, and the default of each option
@@ -279,25 +454,34 @@ def refuse_to_overwrite(outputs, inputs):
 
 
 def main(argv=None):
-    """Read the command line, and write the interactions."""
+    """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, count = parser.add_argument, number(int, 1)
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
-    add("--out", required=True, help="interactions to write, .txt")
-    add("--backward", help="model trained on the reversed histories; without it, they are written")
-    add("--shorter-than", type=count, default=20, help="M: histories of fewer training items get longer")
-    add("--items", type=count, default=17, help="k: pseudo-prior items of each of these histories")
-    add("--whole", action="store_true", help="generate also from validation and test items, as published")
+    add("--start", required=True, help="model file whose weights the training starts from")
+    add("--out", required=True, help="model file to write, such as runs/asrep.pt2")
+    add("--reverse", action="store_true", help="train on reversed histories: this makes a generator")
+    add("--generator", help="model file of a run with --reverse; without it, histories stay as they are")
+    add("--fill", type=count, default=18, help="M: shorter training histories are filled up to M items")
+    add("--order", choices=["clean", "published"], default="clean", help="published: knows the test items")
+    add("--loss", choices=["ce", "bce"], default="ce", help="bce: the paper's, 1 negative; ce: softmax")
+    add("--learning-rate", type=number(float, 0), default=1e-3, help="of AdamW; falls to 0")
+    add("--batch-size", type=count, default=128, help="users a step")
+    add("--epochs", type=number(int, 0), default=30, help="passes over all users")
+    add("--seed", type=number(int, 0), default=0, help="same seed, data and machine: same file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    if not args.out.endswith(".txt"):
-        parser.error("--out must end in .txt")
+    if not args.out.endswith(".pt2"):
+        parser.error("--out must end in .pt2")
+    if args.reverse and args.generator:
+        parser.error("--reverse makes a generator, so it takes no --generator")
     try:
-        outputs = [args.out, Path(args.out).with_suffix(".pt2")]
-        refuse_to_overwrite(outputs[: 1 + bool(args.backward)], [args.data, args.backward])
-        augment(args)
-    except OSError as error:  # a file that cannot be read or written
-        sys.exit(f"{error.filename or args.out}: {error.strerror}")
+        outputs = [args.out, Path(args.out).with_suffix(".txt")]
+        refuse_to_overwrite(outputs[: 1 + bool(args.generator)], [args.data, args.start, args.generator])
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, in case this fails
+        train(args)
+    except (OSError, KeyboardInterrupt) as error:  # a file that cannot be read or written, or Ctrl-C
+        sys.exit(f"{args.out} is not written: {str(error) or 'stopped'}")
 
 
 if __name__ == "__main__":

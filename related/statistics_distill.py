@@ -27,6 +27,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -38,6 +39,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.export.passes import move_to_device_pass
+
+# torchrun sets both: which process this is, and of how many
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- The statistics and the losses -----------------------------------------------------------------------
 
@@ -133,13 +137,13 @@ def follow(loss_of, weights, histories, args):
 
     loss_of(batch) returns the loss, a mean over the positions of a batch, and its terms by name.
     """
-    rng, lengths = np.random.default_rng(args.seed), histories.end - histories.begin - 1
+    lengths = histories.end - histories.begin - 1
     num_positions, num_batches = int(lengths.sum()), math.ceil(len(lengths) / args.batch_size)
     optimizer = torch.optim.AdamW(weights, args.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, args.epochs * num_batches)
     for epoch in range(1, args.epochs + 1):
-        means = {}
-        for batch in np.array_split(rng.permutation(len(lengths)), num_batches):
+        means, (_, batches) = {}, epoch_batches(lengths, args.batch_size, args.seed, epoch)
+        for batch in batches:
             loss, terms = loss_of(batch)
             share = int(lengths[batch].sum()) / num_positions  # of the positions of the epoch
             optimizer.zero_grad()
@@ -150,6 +154,24 @@ def follow(loss_of, weights, histories, args):
         if not all(mean.isfinite() for mean in means.values()):
             sys.exit(f"the loss is NaN or infinite in epoch {epoch}; lower --learning-rate")
         print(f"epoch {epoch:3}", *(f" {name} {mean:.4f}" for name, mean in means.items()), flush=True)
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """The random generator and the batches (arrays of indices) of this epoch, the same in every process.
+
+    Also seeds torch for this epoch. Histories are shuffled, cut into groups, and sorted by `lengths` within a
+    group, so that batches have little padding. A group has 64 batches, or a quarter of all if that is less.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)) + RANK)  # dropout differs between processes
+    order = rng.permutation(len(lengths))
+    group = batch_size * max(1, min(64, len(lengths) // batch_size // 4))
+    groups = [order[k : k + group] for k in range(0, len(order), group)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in groups])
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
+    if min(map(len, batches)) < PROCESSES:
+        sys.exit(f"{PROCESSES} processes are too many: some would get no rows of a batch")
+    return rng, [batches[k] for k in rng.permutation(len(batches))]
 
 
 # ---- Data: read, split by leave-one-out, pad -------------------------------------------------------------
@@ -281,7 +303,10 @@ def write_student(args, data, program, student, config):
     with_dropout(program.graph_module, False)
     for name, weight in student.state_dict().items():
         program.state_dict[name].data.copy_(weight)
-    config = {name: config.get(name) for name in ("items", "max_length", "architecture")}
+    kept = {"items", "max_length", "sees", "architecture"} & config.keys()
+    paths = "data", "out", "teacher", "student", "source", "start", "generator"
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    config = {name: config[name] for name in sorted(kept)} | {"settings": settings}
     config |= {"stage": Path(__file__).stem, "data_sha256": data.sha256}
     buffer, temporary = io.BytesIO(), Path(f"{args.out}.tmp")
     torch.export.save(program, buffer, extra_files={"config.json": json.dumps(config)})

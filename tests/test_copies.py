@@ -10,30 +10,33 @@ FOLDERS = [Path(__file__).parent.parent / name for name in (".", "data", "relate
 SCRIPTS = {path.stem: path.read_text() for folder in FOLDERS for path in folder.glob("*.py")}
 TEACHER, SEARCH, DISTILL = {"sasrec_teacher"}, {"adarec_search"}, {"emd_distill"}
 BIDIRECTIONAL, EVALUATE, PREPARE = {"bidirectional_distill"}, {"evaluate"}, {"prepare"}
-ASREP, DT4SR, STUDENTS = {"asrep"}, {"dt4sr"}, {"dfa_distill", "domain_distill", "statistics_distill"}
+ASREP, DT4SR, RANKING = {"asrep"}, {"dt4sr"}, {"ranking_distill"}
+DISTILLING = {"dfa_distill", "domain_distill", "statistics_distill"} | RANKING
+RELATED = DISTILLING | ASREP | DT4SR
 TRAINING = TEACHER | SEARCH | DISTILL | BIDIRECTIONAL
-LOADING = SEARCH | DISTILL | BIDIRECTIONAL | EVALUATE | ASREP | STUDENTS
+LOADING = SEARCH | DISTILL | BIDIRECTIONAL | EVALUATE | ASREP | DISTILLING
 HELD = {  # names, and all scripts that hold them
     "number": SCRIPTS.keys(),
     "Interactions read_interactions Help": SCRIPTS.keys() - PREPARE,
     "DEVICES": TRAINING | EVALUATE,
-    "pad_batch": TEACHER | LOADING,
-    "load_model with_dropout": LOADING,
-    "Run training_part epoch_batches join_processes sum_over_processes": TRAINING,
-    "RANK PROCESSES write": TRAINING | ASREP | DT4SR,
-    "Histories": TRAINING | STUDENTS,
-    "batch_of": TEACHER | SEARCH | DISTILL | STUDENTS,
+    "pad_batch": TEACHER | LOADING | DT4SR,
+    "load_model": LOADING,
+    "with_dropout": LOADING | DT4SR,
+    "Run training_part join_processes sum_over_processes": TRAINING,
+    "write": TRAINING | ASREP,
+    "RANK PROCESSES Histories epoch_batches": TRAINING | RELATED,
+    "batch_of": TEACHER | SEARCH | DISTILL | RELATED,
     "SharedNegatives sampled_log_softmax": TEACHER | SEARCH | DISTILL,
     "ItemLosses kl_distances transport emd_loss updated_weights distillation_loss": SEARCH | DISTILL,
     "ask_teacher": SEARCH | DISTILL,
-    "UnseenItems": TEACHER | BIDIRECTIONAL,
+    "UnseenItems": TEACHER | BIDIRECTIONAL | ASREP | DT4SR,
+    "bce_loss": TEACHER | ASREP,
     "export": TEACHER | SEARCH | BIDIRECTIONAL | DT4SR,
     "validate": TEACHER | DISTILL | BIDIRECTIONAL,
     "rank_of_target": TEACHER | DISTILL | BIDIRECTIONAL | EVALUATE,
-    "last_output": TEACHER | DISTILL | BIDIRECTIONAL | EVALUATE | ASREP,
+    "last_output": TRAINING - SEARCH | EVALUATE | ASREP,
     "Block": TEACHER | DT4SR,
-    "follow training_rows write_student": STUDENTS,
-    "refuse_to_overwrite": STUDENTS | ASREP | DT4SR,
+    "follow training_rows write_student refuse_to_overwrite": RELATED,
     "rest_of": {"dfa_distill", "statistics_distill"},
 }
 HELD = {name: {*scripts} for names, scripts in HELD.items() for name in names.split()}

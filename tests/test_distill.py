@@ -248,6 +248,7 @@ LR, FINAL, DECAY, GAMMA, BATCH, EPOCHS, PATIENCE, SEED = 0.05, 0.25, 0.3, 0.3, 4
 FLOWS = {"emd": formulas.cheapest_flow, "proportional": lambda w_S, w_T, D: w_S[:, None] * w_T}
 FLOWS["one-to-one"] = lambda *_: np.array([[0, 0.5, 0], [0, 0, 0.5]])
 FLOWS["last"] = lambda *_: np.array([[0, 0, 0], [0, 0, 1.0]])
+FLOWS["none"] = lambda *_: np.zeros((2, 3))  # L_hid is 0
 
 
 def replay(student, teacher, histories, distance, mapping, k):

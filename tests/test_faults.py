@@ -52,10 +52,12 @@ OVERWRITING = [f"{TRAIN} data.txt", f"{TRAIN} ./data.txt", f"{TRAIN} link.txt", 
 OVERWRITING += ["adarec_search data.txt --teacher T.pt2 --out T.json"]
 OVERWRITING += ["emd_distill data.txt --student T.pt2 --out T.pt2"]
 OVERWRITING += ["bidirectional_distill data.txt --teacher T-teacher.pt2 --student T.pt2 --out T"]
-OVERWRITING += ["evaluate ranks.npy T.pt2 --ranks ranks.npy", "asrep data.txt --out data.txt"]
-OVERWRITING += ["asrep data.txt --backward T.pt2 --out ./T.txt", "dt4sr data.txt --out data.txt"]
+OVERWRITING += ["evaluate ranks.npy T.pt2 --ranks ranks.npy", "dt4sr data.txt --out data.txt"]
+OVERWRITING += ["asrep data.txt --start T.pt2 --out T.pt2"]
+OVERWRITING += ["asrep data.txt --start T.pt2 --generator S.pt2 --out data.pt2"]
 OVERWRITING += [
-    f"{n}_distill data.txt --teacher T.pt2 --student S.pt2 --out S.pt2" for n in ("dfa", "statistics")
+    f"{name}_distill data.txt --teacher T.pt2 --student S.pt2 --out S.pt2"
+    for name in ("dfa", "statistics", "ranking")
 ]
 OVERWRITING += ["domain_distill t-source.txt --split --out t"]
 

@@ -1,9 +1,11 @@
 """related/: each method against its equations, computed in another way, and on to the other scripts."""
 
+import itertools
 import json
+import math
 import shutil
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import asrep
@@ -12,10 +14,12 @@ import domain_distill
 import dt4sr
 import numpy as np
 import pytest
+import ranking_distill
 import statistics_distill
 import torch
 from conftest import save_data, save_gru, save_model
 from scipy.linalg import sqrtm
+from scipy.stats import chisquare
 
 import adarec_search
 import emd_distill
@@ -27,9 +31,13 @@ HISTORIES = {u: [(5 * u + t * t) % 30 + 1 for t in range(2 + u % 9)] for u in ra
 FILES = "--teacher T.pt2 --student S.pt2 --out new/out.pt2"
 DOMAINS = "d-target.txt --source d-source.txt --teacher D-T.pt2 --student D-S.pt2 --out new/out.pt2"
 TWO, THREE = [statistics_distill, dfa_distill], [statistics_distill, dfa_distill, domain_distill]
+FOUR, SIX = [*THREE, ranking_distill], [*THREE, ranking_distill, asrep, dt4sr]
 WORDS = {statistics_distill: FILES, dfa_distill: FILES, domain_distill: f"{FILES} --source data.txt"}
-WORDS |= {asrep: "--out new/out.txt", dt4sr: "--out new/out.pt2", evaluate: "sum.pt2"}
-two, three = (pytest.mark.parametrize("module", group, ids=lambda m: m.__name__) for group in (TWO, THREE))
+WORDS |= {ranking_distill: f"{FILES} --interesting 5 --uninteresting 6"}
+WORDS |= {asrep: "--start S.pt2 --out new/out.pt2", dt4sr: "--out new/out.pt2", evaluate: "sum.pt2"}
+two, three, four, six = (
+    pytest.mark.parametrize("module", group, ids=lambda m: m.__name__) for group in (TWO, THREE, FOUR, SIX)
+)
 
 
 class Sum(torch.nn.Embedding):
@@ -79,7 +87,8 @@ def folder(tmp_path_factory):
     for out, data in {"T": "data", "S": "data", "D-T": "d-source", "D-S": "d-target"}.items():
         options = "8 --blocks 4 --epochs 3 --learning-rate 0.01" if out[-1] == "T" else "4 --epochs 0"
         run(sasrec_teacher, f"{folder}/{data}.txt --max-length 5 --out {folder}/{out}.pt2 --dim {options}")
-    for layers, length in ((2, 5), (1, 5), (0, 5), (2, 4)):
+    run(asrep, f"{folder}/data.txt --start {folder}/S.pt2 --reverse --epochs 2 --out {folder}/G.pt2")
+    for layers, length in ((2, 5), (1, 5), (0, 5), (2, 4), (2, 9)):
         save_gru(folder, 30, length, layers).rename(folder / f"gru-{layers}-{length}.pt2")
     save_model(folder, Sum(31, 31), 30, 9, "sum.pt2")
     save_model(folder, Sum(30, 30), 29, 9, "sum-29.pt2")
@@ -99,17 +108,24 @@ def work_in_a_copy(folder, tmp_path, monkeypatch):
 
 REFUSED = [
     *((module, "", "No such file") for module in WORDS),
-    (asrep, "--backward sum.pt2", "too few for --shorter-than and --items"),
-    (asrep, "--backward sum-29.pt2 --items 1", "is no model file for these data"),
-    (asrep, "--backward sum-other.pt2 --items 1", "other data than the reversed histories"),
-    (asrep, "--backward sum-data.pt2 --items 1", "other data than the reversed histories"),
-    *((dt4sr, word, word[:5]) for word in ["--heads=3", "--dim=0", "--dropout=2", "--max-length=1"]),
+    (asrep, "--generator S.pt2", "S.pt2 was not trained with --reverse"),
+    (asrep, "--generator G.pt2 --fill 29", "too few for --fill"),
+    (asrep, "--generator G.pt2 --reverse", "takes no --generator"),
+    (asrep, "--start T-other.pt2", "it was trained on other data"),
+    (asrep, "--start sum-29.pt2", "is no model file for these data"),
+    (asrep, "--out new/out.txt", "--out must end in .pt2"),
+    (ranking_distill, "--interesting 20", "too few for K and L and a history"),
+    (ranking_distill, "--student gru-2-9.pt2", "must read 9 items"),
+    *(
+        (dt4sr, word, word[:5])
+        for word in ["--heads=3", "--dim=0", "--dropout=2", "--max-length=1", "--score=sum"]
+    ),
     *((evaluate, f"--inputs {name}.txt", "not the histories") for name in ("swapped", "short", "29")),
-    *((module, "--teacher data.txt", "data.txt is no model file") for module in THREE),
-    *((module, "--teacher T-other.pt2", "it was trained on other data") for module in THREE),
-    *((module, "--student S-other.pt2", "it was trained on other data") for module in THREE),
-    *((module, "--teacher gru-2-4.pt2", "5 items") for module in THREE),
-    *((module, "--learning-rate 1e30 --epochs 3", "NaN") for module in THREE),
+    *((module, "--teacher data.txt", "data.txt is no model file") for module in FOUR),
+    *((module, "--teacher T-other.pt2", "it was trained on other data") for module in FOUR),
+    *((module, "--student S-other.pt2", "it was trained on other data") for module in FOUR),
+    *((module, "--teacher gru-2-4.pt2", "5 items") for module in FOUR),
+    *((module, "--learning-rate 1e30 --epochs 3", "NaN") for module in SIX),
     *((module, "--teacher gru-2-5.pt2", "is not a torch.stack") for module in TWO),
     *((module, "--teacher gru-1-5.pt2", "must have 2 layers") for module in TWO),
     *((module, "--student gru-0-5.pt2", "0 layers (min. 1)") for module in TWO),
@@ -126,7 +142,7 @@ def test_what_is_refused(module, words, message, capsys):
         run(module, "none.txt" if message == "No such file" else "data.txt", WORDS[module], words)
     line = end.value.code if end.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
     assert message in line and "\n" not in line
-    assert not any(Path().glob("new/*" if module in THREE else "new"))  # these make a folder before training
+    assert not any(Path().glob("new/*" if module in SIX else "new"))  # these make a folder before training
 
 
 @pytest.mark.parametrize("max_length", [3, 50])
@@ -151,55 +167,133 @@ def test_equal_histories_are_no_two_domains(write_data):
     assert not any(Path().glob("new*"))
 
 
-def test_short_histories_get_longer_and_know_no_test_item(write_data):
-    def lengthened(data, more=""):
-        run(asrep, data, "--backward sum.pt2 --shorter-than 4 --items 3 --out longer.txt", more)
-        return read_rows("longer.txt")
+def test_short_histories_are_filled_and_know_no_test_item(write_data):
+    generator = load("G.pt2")[0]
+
+    def filled(histories, order):
+        data = evaluate.read_interactions(write_data(histories))
+        settings = Namespace(fill=4, order=order, device="cpu")
+        longer = asrep.filled_histories(data, asrep.generate(generator, data, 5, settings))
+        return dict(zip(histories, np.split(longer.items, longer.starts[1:-1]), strict=True))
 
     histories = HISTORIES | {99: [*range(1, 31)]}  # so each item occurs, whatever the last ones are
-    longer, model = lengthened(write_data(histories, "all.txt")), load("sum.pt2")[0]
-    assert longer.keys() == histories.keys()
+    longer = {order: filled(histories, order) for order in ("clean", "published")}
     for user, history in histories.items():
-        known, k = np.array(history[:-2][::-1]), 3 * (1 <= len(history) - 2 < 4)
-        prior = asrep.prior_items(model, np.array([user]), [known], k, range(1, 31), 9, "cpu")
-        prior = prior[0, ::-1].tolist()
-        assert longer[user] == prior + history and len({*prior} - {*history[:-2]}) == k
-    # other validation and test items: the same items are generated, unless --whole shows them to the model
-    last = {u: [h[-1] % 30 + 1, h[-2] % 30 + 1] if len(h) > 2 else h[-2:] for u, h in HISTORIES.items()}
-    other = write_data(histories | {u: [*h[:-2], *last[u]] for u, h in HISTORIES.items()}, "other.txt")
-    again, evaluated = lengthened(other), [user for user in HISTORIES if len(HISTORIES[user]) > 2]
-    assert all(again[user][:-2] == longer[user][:-2] for user in evaluated)
-    whole, again = lengthened("all.txt", "--whole"), lengthened(other, "--whole")
-    assert any(whole[user][:-2] != again[user][:-2] for user in HISTORIES)
+        train = history[:-2] if len(history) > 2 else history
+        k = max(0, 4 - len(train)) * (len(history) > 2)  # others would become users who are evaluated
+        prior = asrep.prior_items(
+            generator, np.array([user]), [np.array(train[::-1])], k, range(1, 31), 5, "cpu"
+        )
+        assert longer["clean"][user].tolist() == prior[0, ::-1].tolist() + history
+        assert len(longer["clean"][user]) == (max(len(history), 6) if len(history) > 2 else len(history))
+        assert len({*prior[0]} - {*train}) == k
+    # other validation and test items: the clean generator makes the same items, the published one does not
+    evaluated = [user for user in HISTORIES if len(HISTORIES[user]) > 2]
+    other = {u: [*HISTORIES[u][:-2], HISTORIES[u][-1] % 30 + 1, HISTORIES[u][-2] % 30 + 1] for u in evaluated}
+    for order, same in (("clean", all), ("published", any)):
+        again = filled(histories | other, order)
+        equal = [np.array_equal(again[u][:-2], longer[order][u][:-2]) for u in evaluated]
+        assert same(equal) and (same is all or not all(equal))
 
 
-def test_asrep_from_beginning_to_end(write_data, capsys):
-    data = evaluate.read_interactions(write_data({4: [1, 2, 3, 8, 9], 7: [5, 6], 9: [1, 2, 3]}, "few.txt"))
-    # user 4 trains on 1 2 3, user 7 on 5 6, user 9 on 1; the row of user 10 keeps the largest item
-    rows = [[4, 3], [4, 2], [4, 1], [7, 6], [7, 5], [9, 1], [10, 9]]
-    assert asrep.reversed_histories(data).tolist() == rows
-    run(asrep, "data.txt --out r.txt")
-    run(sasrec_teacher, "r.txt --max-length 12 --dim 8 --epochs 6 --learning-rate 0.03 --out b.pt2")
-    run(asrep, "data.txt --backward b.pt2 --items 4 --shorter-than 5 --out a.txt")
-    model, config = load("a.pt2", "a.txt")
-    assert config["data_sha256"] == evaluate.read_interactions("a.txt").sha256
-    assert config["stage"] == "asrep" and all(equal_weights(load("b.pt2")[0], model))
-    run(emd_distill, "a.txt --student a.pt2 --epochs 1 --out f.pt2")
+def test_what_the_generator_reads(write_data):
+    data = evaluate.read_interactions(write_data({4: [1, 2, 3, 8, 9], 7: [5, 6], 9: [1, 2, 3]}))
+    # user 4 trains on 1 2 3, user 7 on 5 6, user 9 on 1
+    assert asrep.reversed_histories(data).items.tolist() == [3, 2, 1, 8, 9, 6, 5, 1, 2, 3]
+    read = [
+        [asrep.generator_input(data, u, order).tolist() for u in range(3)] for order in ("clean", "published")
+    ]
+    assert read == [[[3, 2, 1], [6, 5], [1]], [[3, 2, 1, 8, 9], [6, 5], [1, 2, 3]]]
+    longer = asrep.filled_histories(data, [np.array([6, 7]), np.array([], int), np.array([4])])
+    assert longer.items.tolist() == [7, 6, 1, 2, 3, 8, 9, 5, 6, 4, 1, 2, 3]
+    assert longer.starts.tolist() == [0, 7, 9, 13] and longer.train_end.tolist() == [5, 9, 11]
+
+
+def test_what_generated_items_know_by_hand(write_data):
+    histories = {1: [1, 2, 3, 4, 5], 2: [6, 2, 7, 8, 9], 3: [6, 5, 1, 3, 2], 4: [7, 9]}
+    data = evaluate.read_interactions(write_data(histories))
+    # training pairs: 1 2 3, 6 2 7, 6 5 1, 7 9. The first generated items of users 1 to 3 are 6, 9, 7
+    prior = [np.array([6, 8]), np.array([9]), np.array([7]), np.array([], int)]
+    shares = asrep.known_of_test_items(data, prior)
+    # together are 6 and 5, 9 and 9, 7 and 2; of 6 and 3, 9 and 7, 7 and 1 the second; and so on
+    by_hand = {"test item": 3, "newest training item": 1, "oldest training item": 2}
+    by_hand["test item of another user"] = 2
+    assert {name: round(3 * share) for name, share in shares.items()} == by_hand
+
+
+def test_asrep_from_beginning_to_end(capsys):
+    starts = "--start S.pt2", "--start G.pt2", "--start G.pt2 --generator G.pt2 --fill 5"
+    for n, start in enumerate(starts):
+        run(asrep, "data.txt", start, f"--epochs 2 --learning-rate 0.02 --out {n}.pt2")
+    assert load("2.pt2")[1]["stage"] == "asrep" and load("2.pt2")[1]["settings"]["fill"] == 5
+    assert len({Path(f"{n}.pt2").read_bytes() for n in range(3)}) == 3 and not Path("1.txt").exists()
+    run(emd_distill, "data.txt --student 2.pt2 --epochs 1 --out on.pt2")
     capsys.readouterr()
     ranks, evaluated = [], [user for user in HISTORIES if len(HISTORIES[user]) > 2]
-    for inputs in ("", "--inputs a.txt", "--inputs data.txt"):
-        run(evaluate, "data.txt f.pt2 --json --ranks ranks.npy", inputs)
+    for inputs in ("", "--inputs 2.txt", "--inputs data.txt"):
+        run(evaluate, "data.txt 2.pt2 --json --ranks ranks.npy", inputs)
         assert json.loads(capsys.readouterr().out)[0]["users"] == len(evaluated)
         ranks.append(np.load("ranks.npy")[:, 0])
     long = np.array([len(HISTORIES[user]) - 2 >= 5 for user in evaluated])
     assert (ranks[0] == ranks[2]).all() and (ranks[0] == ranks[1])[long].all()
     assert (ranks[0] != ranks[1])[~long].any()
     # a generated item may be ranked: the model reads the longer history, but only the real one is left out
-    history, (*seen, target) = read_rows("a.txt")[3], HISTORIES[3]
-    _, output, item_vectors = load("f.pt2")[0](torch.tensor([3]), torch.tensor([history[:-1][-12:]]))
+    history, (*seen, target) = read_rows("2.txt")[3], HISTORIES[3]
+    _, output, item_vectors = load("2.pt2")[0](torch.tensor([3]), torch.tensor([history[:-1][-5:]]))
     scores = (output[0, -1] @ item_vectors.T).tolist()
     better = sum(scores[i] > scores[target] for i in range(1, 31) if i not in seen)
     assert ranks[1][evaluated.index(3)] == 1 + better
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def test_losses_with_one_negative_by_hand():
+    rng = np.random.default_rng(0)
+    output, vectors = rng.normal(size=(7, 3)), rng.normal(size=(9, 3))
+    target, negative = rng.integers(1, 9, 7), rng.integers(1, 9, 7)
+    z = output @ vectors.T
+    z_i, z_j = z[np.arange(7), target], z[np.arange(7), negative]
+    output, vectors, target, negative = map(torch.from_numpy, (output, vectors, target, negative))
+    l_bpr = dt4sr.next_item_bpr_loss(output, vectors, target, negative).item()
+    assert l_bpr == pytest.approx(softplus(z_j - z_i).mean())
+    l_bce = asrep.bce_loss(output, vectors, target, negative[:, None]).item()
+    assert l_bce == pytest.approx((softplus(-z_i) + softplus(z_j)).mean())
+
+
+@pytest.mark.parametrize("module", [asrep, dt4sr], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("loss", ["ce", "one negative"])
+def test_the_loss_of_a_batch(module, loss, monkeypatch):
+    """Each position has its target, and a negative that its own user has not seen. Lengths are unlike."""
+    result, drawn, draw = [], [], module.UnseenItems.draw
+    monkeypatch.setattr(module, "with_dropout", lambda part, on: part)
+    monkeypatch.setattr(module, "follow", lambda *given: result.extend(given))
+    monkeypatch.setattr(module.UnseenItems, "draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    if module is asrep:
+        run(asrep, "data.txt --start S.pt2 --out out.pt2 --loss", loss.replace("one negative", "bce"))
+    else:
+        more = "--dropout 0 --max-length 5 --dim 4 --out out.pt2 --loss"
+        run(dt4sr, "data.txt", more, loss.replace("one negative", "bpr"))
+    model = load("out.pt2")[0]  # `follow` has left the weights as they were
+    value, values = result[0](np.arange(10))[0].item(), []
+    train = {u: history[:-2] if len(history) > 2 else history for u, history in HISTORIES.items()}
+    users = [user for user in train if len(train[user]) > 1][:10]
+    negatives = iter(np.ravel(drawn).tolist())
+    for user in users:
+        window = train[user][-6:]
+        _, output, vectors = model(torch.tensor([user]), torch.tensor([window[:-1]]))
+        z = (output[0] @ vectors.T).detach().double().numpy()
+        for position, item in enumerate(window[1:]):
+            z_i = z[position, item]
+            if loss == "ce":
+                values.append(np.log(np.exp(z[position, 1:]).sum()) - z_i)
+                continue
+            negative = next(negatives)
+            assert negative not in train[user]
+            z_j = z[position, negative]
+            values.append(softplus(z_j - z_i) if module is dt4sr else softplus(-z_i) + softplus(z_j))
+    assert value == pytest.approx(np.mean(values), rel=1e-5) and not list(negatives)
 
 
 def test_scores_are_distances_of_gaussians_with_positive_covariances():
@@ -223,8 +317,10 @@ def test_scores_are_distances_of_gaussians_with_positive_covariances():
     assert (sigma > 0).all() and x.grad.isfinite().all() and (x.grad > 0).all()
 
 
-def test_dt4sr_is_causal_and_learns_like_any_model():
-    run(dt4sr, "data.txt --dim 6 --max-length 9 --heads 2 --out new.pt2")
+@pytest.mark.parametrize("score, size", [("wasserstein", 13), ("dot", 12)])
+def test_dt4sr_is_causal_and_learns_like_any_model(score, size, capsys):
+    shape = f"--dim 6 --max-length 9 --heads 2 --score {score}"
+    run(dt4sr, f"data.txt {shape} --epochs 0 --out new.pt2")
     model, config = load("new.pt2")
     assert (config["layers"], config["dim"], config["stage"]) == (2, 12, "dt4sr")
     assert config["data_sha256"] == evaluate.read_interactions("data.txt").sha256
@@ -233,14 +329,83 @@ def test_dt4sr_is_causal_and_learns_like_any_model():
     (_, output, item_vectors), (_, changed, _) = model(ids, items), model(ids, later)
     torch.testing.assert_close(changed[:, :5], output[:, :5], rtol=0, atol=1e-6)
     assert not torch.allclose(changed[:, 5:], output[:, 5:])
-    assert output.shape[2] == item_vectors.shape[1] == 13
-    run(emd_distill, "data.txt --student new.pt2 --epochs 8 --learning-rate 0.02 --out out.pt2")
-    log = [json.loads(line) for line in Path("out.pt2.log.jsonl").read_text().splitlines()]
-    assert log[-1]["L_CE"] < log[1]["L_CE"] - 0.1
-    assert not any(equal_weights(load("out.pt2")[0], model))
+    assert output.shape[2] == item_vectors.shape[1] == size
+    run(emd_distill, "data.txt --student new.pt2 --epochs 1 --out on.pt2")
+    for loss in ("bpr", "ce"):
+        capsys.readouterr()
+        run(dt4sr, f"data.txt {shape} --loss {loss} --epochs 8 --learning-rate 0.02 --out {loss}.pt2")
+        means = printed("loss", capsys)
+        assert len(means) == 8 and means[-1] < means[0] - 0.05
+        assert not any(equal_weights(load(f"{loss}.pt2")[0], model))
 
 
-@three
+def test_rrd_is_the_likelihood_summed_over_all_orders_of_the_uninteresting_items():
+    z, z_l = np.random.default_rng(0).normal(size=(2, 5, 3)) * 2
+    likelihood = np.zeros(5)
+    for order in itertools.permutations(
+        range(3)
+    ):  # Plackett and Luce: who comes next among those that are left
+        ranked = np.exp(np.concatenate([z, z_l[:, order]], 1))
+        likelihood += np.prod([ranked[:, k] / ranked[:, k:].sum(1) for k in range(6)], 0)
+    loss = ranking_distill.rrd_loss(torch.from_numpy(z), torch.from_numpy(z_l))
+    assert loss.item() == pytest.approx(-np.log(likelihood).mean())
+
+
+def test_rrd_draws_ranks_and_the_rest():
+    torch.manual_seed(0)
+    scores = torch.tensor([[-math.inf, 5.0, 1.0, 4.0, 2.0, -math.inf, 3.0]]).expand(6000, -1)
+    best = [1, 3, 6, 4, 2]  # items of rank 1 to 5; items 0 and 5 must not be drawn
+    interesting = ranking_distill.draw_interesting(scores, 2, 1.5)
+    rest = ranking_distill.draw_uninteresting(scores, interesting, 2)
+    p = np.exp(-np.arange(5) / 1.5)
+    p /= p.sum()
+    expected = {}  # of a pair, drawn one after the other without replacement
+    for i, j in itertools.combinations(range(5), 2):
+        expected[best[i], best[j]] = 6000 * p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j]))
+    drawn = Counter(map(tuple, interesting.tolist()))
+    assert drawn.keys() <= expected.keys()  # the teacher's order, no item twice
+    assert chisquare([drawn[pair] for pair in expected], [*expected.values()]).pvalue > 1e-3
+    others = Counter()
+    for pair, items in zip(interesting.tolist(), rest.tolist(), strict=True):
+        assert len({*pair, *items}) == 4 and not {0, 5} & {*items}
+        others[tuple(sorted(({*best} - {*pair}) - {*items})), tuple(sorted({*best} - {*pair}))] += 1
+    for left in {left for _, left in others}:  # which of the three others is left out: each alike
+        counts = [others[(item,), left] for item in left]
+        assert sum(counts) < 50 or chisquare(counts).pvalue > 1e-4
+
+
+def test_rrd_of_a_batch_by_hand(monkeypatch):
+    """Each list is after a position that was drawn. It has no item that was read by then or never occurs."""
+    result, calls, positions = [], [], set()
+    draw, rrd_loss = ranking_distill.draw_interesting, ranking_distill.rrd_loss
+    monkeypatch.setattr(ranking_distill, "with_dropout", lambda part, on: part)
+    monkeypatch.setattr(ranking_distill, "follow", lambda *given: result.extend(given))
+    monkeypatch.setattr(
+        ranking_distill, "draw_interesting", lambda *a: calls.append([a[0], draw(*a)]) or calls[-1][1]
+    )
+    monkeypatch.setattr(ranking_distill, "rrd_loss", lambda *z: calls[-1].extend(z) or rrd_loss(*z))
+    run(ranking_distill, "data.txt", WORDS[ranking_distill], "--weight 0.5")
+    models = [load(path)[0] for path in ("T.pt2", "S.pt2")]
+    never = {*range(31)} - {item for history in HISTORIES.values() for item in history}
+    train = {u: history[:-2] if len(history) > 2 else history for u, history in HISTORIES.items()}
+    windows = [train[user][-6:-1] for user in train if len(train[user]) > 1]
+    for _ in range(20):
+        loss, terms = result[0](np.arange(10))
+        assert loss.item() == pytest.approx(terms["L_CE"].item() + 0.5 * terms["L_RRD"].item(), rel=1e-6)
+        scores, interesting, z, _ = calls[-1]
+        for row, window in enumerate(windows[:10]):
+            left_out = {*(scores[row] == -math.inf).nonzero()[:, 0].tolist()}
+            (t,) = [t for t in range(len(window)) if left_out == never | {*window[: t + 1]}]
+            positions.add((row, t))
+            of_both = [model(torch.tensor([1]), torch.tensor([window])) for model in models]
+            z_T, z_S = (output[0, t] @ vectors.T for _, output, vectors in of_both)
+            others = scores[row] > -math.inf
+            torch.testing.assert_close(scores[row][others], z_T[others], rtol=0, atol=1e-5)
+            torch.testing.assert_close(z[row], z_S[interesting[row]], rtol=0, atol=1e-5)
+    assert positions == {(row, t) for row, window in enumerate(windows[:10]) for t in range(len(window))}
+
+
+@six
 def test_steps_are_adamw_and_each_position_counts_alike(module, capsys):
     """The loss of a batch is w . mean c_u, so its gradient is known. The histories u have unlike lengths."""
     lengths, c = np.array([1, 2, 3, 9, 5, 1, 4]), np.random.default_rng(0).normal(size=(7, 3))
@@ -267,7 +432,7 @@ def test_steps_are_adamw_and_each_position_counts_alike(module, capsys):
     assert printed("L_w", capsys) == [round(mean, 4) for mean in means]
 
 
-@three
+@four
 def test_dropout_is_on_in_the_student_only_and_off_in_its_file(module):
     for path in ("T.pt2", "S.pt2"):
         rewrite(path, path, training=True)
@@ -286,11 +451,11 @@ def test_dropout_is_on_in_the_student_only_and_off_in_its_file(module):
     assert dropouts(torch.export.load("new/out.pt2").graph_module) == {False}
 
 
-@two
+@pytest.mark.parametrize("module", [*TWO, ranking_distill], ids=lambda m: m.__name__)
 def test_the_student_learns_and_is_a_model_like_any(module, capsys):
     teacher = Path("T.pt2").read_bytes()
     for out in ("out.pt2", "again.pt2"):
-        run(module, "data.txt", FILES, "--epochs 8 --learning-rate 0.02 --out", out)
+        run(module, "data.txt", WORDS[module], "--epochs 8 --learning-rate 0.02 --out", out)
     l_ce = printed("L_CE", capsys)
     assert len(l_ce) == 16 and l_ce[7] < l_ce[0] - 0.1 and Path("T.pt2").read_bytes() == teacher
     assert Path("out.pt2").read_bytes() == Path("again.pt2").read_bytes()
@@ -467,7 +632,8 @@ def test_no_label_of_the_target_is_seen():
 def test_each_loss_of_domains_plays_a_part(capsys):
     def student(more):
         run(domain_distill, DOMAINS, more)
-        return Path("new/out.pt2").read_bytes()
+        model = load("new/out.pt2", "d-target.txt")[0]
+        return b"".join(weight.numpy().tobytes() for weight in model.state_dict().values())
 
     names = "output", "feature", "pseudo"
     students = [student(f"--epochs 1 --losses {losses}") for losses in ("", *names, " ".join(names))]

@@ -329,17 +329,20 @@ TEACHERS = {
     "games-16-wide": f"{WIDE} --negatives 16 --epochs 60",
     "games-32-wide": f"{WIDE} --negatives 32 --epochs 80 --patience 80",
 }
+BEAUTY = "--dim 64 --max-length 100 --dropout 0.5"
 BETAS = "0", "0.03", "0.1", "0.3", "1", "3"
 
 
 def teacher():
-    """SASRec on the data of published figures; games also among 100 uniform negatives, as there. Beauty's is
-    in `related`.
-    """
+    """SASRec on the data of published figures; games also among 100 uniform negatives, as there."""
     for seed in range(3):
         for name, options in TEACHERS.items():
             data = "-".join(name.split("-")[: 1 + name.startswith("ml")])
             yield f"{name}-{seed}", [f"sasrec_teacher.py data/{data}.txt {options} --seed {seed}"]
+        data, start = "data/beauty.txt", f"runs/teacher/beauty-{seed}-start.pt2"
+        build = f"sasrec_teacher.py {data} --epochs 0 {BEAUTY} --seed {seed} --out {start}"
+        train = f"--epochs 16 --learning-rate 2e-3 --negatives 2048 --batch-size 128 {FALLING}"
+        yield f"beauty-{seed}", [build, f"emd_distill.py {data} --student {start} {train} --seed {seed}"]
 
 
 def cost():
@@ -385,44 +388,38 @@ def published():
 
 # ---- The neighbours of related/ ---------------------------------------------------------------------------
 
-WAYS = {  # of learning from a teacher of four blocks, in `related` on ml-100k
-    "alone": "dfa_distill.py --weight 0 --search-epochs 0",
-    "dfa": "dfa_distill.py",
-    "dfa-mean": "dfa_distill.py --search-epochs 0",
-    "statistics": "statistics_distill.py",
-    "statistics-l2": "statistics_distill.py --loss l2",
-}
 LOSSES = "", "output", "output feature", "output pseudo", "output feature pseudo"
-PRIOR = {  # before which histories of Beauty prior items are put: none, short ones (17; 3; as published)
-    "backward": "--shorter-than 1",
-    "asrep": "",
-    "asrep-3": "--items 3",
-    "asrep-whole": "--whole",
+# SASRec and training as ASReP's authors have them, but 50 epochs and a rate that falls from 2e-3 to 0
+OF_ASREP = "--dim 128 --heads 4 --max-length 100 --dropout 0.7"
+ASREP = "--loss bce --learning-rate 2e-3 --epochs 50"
+ROWS = {  # the weights that forward training starts from, and more options
+    "sasrec": ("untrained", ""),
+    "backwards": ("backward", ""),
+    "clean": ("backward", "--generator"),
+    "scratch": ("untrained", "--generator"),
+    "published": ("backward", "--order published --generator"),
+}
+OF_DT4SR = "--dim 32 --blocks 1 --heads 2 --dropout 0.5 --epochs 40"
+# ways to learn from one teacher, with the same epochs; `emd` and those below are options of emd_distill.py
+SAME = "--batch-size 64 --learning-rate 4e-3 --epochs 8"
+WAYS = {
+    "statistics": "statistics_distill.py",
+    "dfa": "dfa_distill.py",
+    "rrd": "ranking_distill.py",
+    "alone": "",
+    "none": "--mapping none",
+    "last": "--mapping last",
+    "one-to-one": "--mapping one-to-one",
+    "emd": "--mapping emd",
 }
 
 
 def related():
-    """Each neighbour beside what it has to beat, from the same start, on ml-100k."""
+    """From one domain to another, on ml-100k."""
     data, runs = "data/ml-100k.txt", "runs/related"
     scene = f"{runs}/scene-target.txt", f"{runs}/scene-source.txt"
     for seed in range(3):
-        same = f"--seed {seed}"
-        four, two, source, target = (f"{runs}/{n}-{seed}.pt2" for n in ("four", "two", "source", "target"))
-        yield (
-            f"four-{seed}",
-            [
-                f"sasrec_teacher.py {data} --dim 32 --epochs 0 {same} --out {two}",
-                f"sasrec_teacher.py {data} --blocks 4 --epochs 30 {same} --out {four}",
-                f"evaluate.py {data} {four} --json",
-            ],
-        )
-        for name, script in WAYS.items():
-            script, _, options = script.partition(" ")
-            how = f"--teacher {four} --student {two} {options} {same} --out {runs}/{name}-{seed}.pt2"
-            judge = f"evaluate.py {data} {runs}/{name}-{seed}.pt2 --json"
-            yield f"{name}-{seed}", [f"related/{script} {data} {how}", judge]
-        how = f"--teacher {four} --student {two} --remember --epochs 30 {FALLING} {same}"
-        yield f"emd-{seed}", [f"emd_distill.py {data} {how}"]
+        same, source, target = f"--seed {seed}", f"{runs}/source-{seed}.pt2", f"{runs}/target-{seed}.pt2"
         yield (
             f"source-{seed}",
             [
@@ -433,45 +430,44 @@ def related():
             ],
         )
         for losses in LOSSES:
+            how = f"--source {scene[1]} --teacher {source} --student {target} --losses {losses} {same}"
             name = "-".join(["domain", *losses.split(), str(seed)])
-            how = f"--source {scene[1]} --teacher {source} --student {target} --losses {losses}"
-            how = f"related/domain_distill.py {scene[0]} {how} {same} --out {runs}/{name}.pt2"
-            yield name, [how, f"evaluate.py {scene[0]} {runs}/{name}.pt2 --json"]
+            yield name, [f"related/domain_distill.py {scene[0]} {how}"]
+
+
+def asrep():
+    """SASRec; trained backwards first; and with pseudo-prior items, on Beauty 5-core."""
+    data, runs = "data/beauty5.txt", "runs/asrep"
     for seed in range(3):
-        yield from short_histories(seed)
+        start = f"{runs}/untrained-{seed}.pt2"
+        build = f"sasrec_teacher.py {data} --epochs 0 {OF_ASREP} --seed {seed} --out {start}"
+        backward = f"related/asrep.py {data} --start {start} --reverse {ASREP} --seed {seed}"
+        yield f"backward-{seed}", [build, backward]
+        for name, (weights, more) in ROWS.items():
+            more += f" {runs}/backward-{seed}.pt2" if more else ""
+            how = f"--start {runs}/{weights}-{seed}.pt2 {more} {ASREP} --seed {seed}"
+            yield f"{name}-{seed}", [f"related/asrep.py {data} {how}"]
 
 
-def short_histories(seed):
-    """On Beauty SASRec and DT4SR; and SASRec after as many epochs backwards, also with pseudo-prior items."""
-    data, runs = "data/beauty.txt", "runs/related/beauty"
-    shape = f"--max-length 100 --dropout 0.5 --seed {seed} --dim"
-    train = f"--learning-rate 2e-3 --negatives 2048 --batch-size 128 {FALLING} --seed {seed}"
-    untrained = f"sasrec_teacher.py {data} --epochs 0 {shape} 64"
-    gaussians = f"related/dt4sr.py {data} {shape} 32"  # of means, and of covariances
-    for name, build in {"forward": untrained, "dt4sr": gaussians}.items():
-        out = f"{runs}-{name}-{seed}"
-        train_it = f"emd_distill.py {data} --student {out}-start.pt2 --epochs 16 {train} --out {out}.pt2"
-        judge = f"evaluate.py {data} {out}.pt2 --ranks {out}.npy --json"
-        yield f"beauty-{name}-{seed}", [f"{build} --out {out}-start.pt2", train_it, judge]
-    turned, start, back = f"{runs}-reversed.txt", f"{runs}-start-{seed}.pt2", f"{runs}-back-{seed}.pt2"
-    before = [
-        f"related/asrep.py {data} --out {turned}",
-        f"sasrec_teacher.py {turned} --epochs 0 {shape} 64 --out {start}",
-        f"emd_distill.py {turned} --student {start} --epochs 8 {train} --out {back}",
-    ]
-    for name, how in PRIOR.items():
-        out = f"{runs}-{name}-{seed}"
-        commands = [
-            f"related/asrep.py {data} --backward {back} {how} --out {out}-made.txt",
-            f"emd_distill.py {out}-made.txt --student {out}-made.pt2 --epochs 8 {train} --out {out}.pt2",
-            f"evaluate.py {data} {out}.pt2 --inputs {out}-made.txt --ranks {out}.npy --json",
-        ]
-        yield f"beauty-{name}-{seed}", before + commands if name == "backward" else commands
-    read = f"{runs}-backward-{seed}.pt2 --inputs {runs}-asrep-{seed}-made.txt --ranks {runs}-read-{seed}.npy"
-    yield (
-        f"beauty-backward-read-{seed}",
-        [f"evaluate.py {data} {read} --json"],
-    )  # never learnt from prior items
+def dt4sr():
+    """A product or a distance of Gaussians, under BPR and under a softmax, on Beauty 5-core."""
+    for seed, score, loss in itertools.product(range(3), ("dot", "wasserstein"), ("bpr", "ce")):
+        how = f"--score {score} --loss {loss} {OF_DT4SR} --seed {seed}"
+        yield f"{score}-{loss}-{seed}", [f"related/dt4sr.py data/beauty5.txt {how}"]
+
+
+def ways():
+    """Ways to distil: the teachers and the students, 64 wide, are those of `students`."""
+    for seed, data, (name, how) in itertools.product(range(3), ("beauty5", "games"), WAYS.items()):
+        file, start = f"data/{data}.txt", f"runs/ways/{data}-{name}-{seed}-start"
+        path = architecture(f"runs/students/{data}-64.json", better_search(data))
+        build = f"adarec_search.py {file} --architecture {path} --seed {seed} --out {start}.json"
+        teacher = f"--teacher runs/students/{data}-teacher.pt2"
+        if not how.endswith(".py"):
+            teacher = f"{teacher} {how} --remember" if how else ""
+            how, teacher = "../emd_distill.py", f"{teacher} {FALLING}"
+        train = f"related/{how} {file} --student {start}.pt2 {teacher} {SAME} --seed {seed}"
+        yield f"{data}-{name}-{seed}", [build, train.replace("related/../", "")]
 
 
 # ---- Speed: both sides in turn, seconds of an epoch by their logs ----------------------------------------
@@ -551,6 +547,9 @@ CLAIMS |= {
     "bidirectional": bidirectional,
     "published": published,
     "related": related,
+    "asrep": asrep,
+    "dt4sr": dt4sr,
+    "ways": ways,
     "serving": serving,
 }
 CLAIMS |= TIMED
@@ -566,7 +565,7 @@ NUMBERS = {  # sections of results/README.md, and what they need
     "8": ["speed"],
     "9": ["processes"],
     "10": ["demo", "published"],
-    "11": ["related"],
+    "11": ["related", "asrep", "dt4sr", "ways"],
 }
 
 # ---- One run ---------------------------------------------------------------------------------------------
@@ -706,9 +705,13 @@ def figures_of(claim, name, command, out, data):
                 "models": [{k: v for k, v in r.items() if re.match(kept, k)} for r in json.loads(printed)]
             }
         report = json.loads(printed)[0]
-        found = {key: report[key] for key in ("HR@10", "NDCG@10")}
-        ranks = re.search(r"--ranks (\S+)", command)
-        return found | (of_short_users(data, np.load(ROOT / ranks[1])[:, 0]) if ranks else {})
+        return {key: report[key] for key in ("HR@10", "NDCG@10")}
+    if command.startswith("related/"):
+        found = of_neighbour(
+            data, out, ["--inputs", out.replace(".pt2", ".txt")] * ("--generator" in command)
+        )
+        known = re.findall(r"([\d.]+) %  (.+)", printed)  # of asrep.py
+        return found | {f"together with {name}": float(share) for share, name in known}
     if "bidirectional_distill.py" in command:
         return both_models(out.removesuffix(".pt2"), data)
     log, found = log_of(out), {}
@@ -722,7 +725,7 @@ def figures_of(claim, name, command, out, data):
         return found | {"cost": float(re.search(r"cost ([\d.]+), sees", printed)[1])}
     report = evaluated(data, out, [10])
     found |= {key: report[key] for key in ("HR@10", "NDCG@10", "parameters_without_embeddings", "macs")}
-    if claim == "students" and re.search("taught|alone|teacher", name):
+    if claim == "ways" or claim == "students" and re.search("taught|alone|teacher", name):
         found["ranks"] = report["ranks"]
     if claim == "teacher" and "games" in data:
         report = evaluated(data, out, [10], "--protocol", "uniform")
@@ -730,14 +733,15 @@ def figures_of(claim, name, command, out, data):
     return found | {"valid": max(line["NDCG@10"] for line in log)}
 
 
-def of_short_users(data, rank):
-    """Of each user's rank: number and NDCG@10 of the users with at most 5, 10 and 20 training items."""
+def of_neighbour(data, out, inputs):
+    """Test figures in full ranking, among 100 uniform negatives, and of users with short histories."""
+    report = evaluated(data, out, [10], *inputs)
+    sampled = evaluated(data, out, [5, 101], "--protocol", "uniform", *inputs)
+    found = {key: report[key] for key in ("HR@10", "NDCG@10", "ranks")}
+    found |= {f"sampled {key}": sampled[key] for key in ("HR@5", "NDCG@5", "MRR@101")}
     _, counts = np.unique(np.loadtxt(ROOT / data, int)[:, 0], return_counts=True)
-    length, found = counts[counts >= 3] - 2, {}
-    for most in (5, 10, 20):
-        gain = ((rank <= 10) / np.log2(rank + 1))[length <= most]
-        found |= {f"users to {most}": len(gain), f"NDCG@10 to {most}": gain.mean()}
-    return found
+    short = counts[counts >= 3] - 2 <= 5
+    return found | {"users to 5": int(short.sum()), "NDCG@10 to 5": gains(report["ranks"], 10)[short].mean()}
 
 
 def log_of(out):

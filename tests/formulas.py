@@ -38,6 +38,8 @@ def cheapest_flow(w_S, w_T, D):
 def updated_weights(w, paid):
     """Cost attention: softmax_i of (sum_k c_k / c_i) / 10. c_i counts as a hundredth of the sum at least."""
     c = paid / w
+    if not c.any():
+        return np.full(len(w), 1 / len(w))
     exp = np.exp(c.sum() / np.maximum(c, c.sum() / 100) / 10)
     return exp / exp.sum()
 

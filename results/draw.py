@@ -1,183 +1,118 @@
-"""Draw the tables and pictures of README.md and results/README.md from the JSON of results/runs alone.
+"""Draw the tables and pictures of README.md and results/*.md from the JSON of results/runs alone.
 
     python results/draw.py     # the pictures where matplotlib is (requirements-figures.txt)
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. Mean of seeds, in brackets their standard
-deviation and number.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, drawn by the function NAME. `0.16 (0.01; 3)`
+are the mean, the standard deviation and the number of seeds.
 """
 
 import ast
-import itertools
 import json
-import math
 import re
 import sys
 from collections import Counter
 
 import numpy as np
-from run import (
-    BETAS,
-    DECAYED,
-    DECAYED_BOTH,
-    KINDS,
-    LOSSES,
-    PAIRS,
-    PRIOR,
-    ROOT,
-    RUNS,
-    SCENES,
-    SEQUENCES,
-    SETS,
-    TEACHERS,
-    TOGETHER,
-    WAYS,
-    better_search,
-    chosen,
-    figures,
-    gains,
-    processes,
-    speed,
-)
+from run import KINDS, ROOT, RUNS, figures, gains, runs_of
 from scipy import stats
 
 PAGES = ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))
 MISSING = "not run"
-OPERATIONS = (
-    "conv3",
-    "conv5",
-    "dilated_conv3",
-    "dilated_conv5",
-    "avg_pool",
-    "max_pool",
-    "skip",
-    "none",
-    "mean",
-)
+SETS = {"ml-1m": "ml-1m", "games": "games", "beauty5": "Beauty 5-core"}
+SPEED = "ms_per_user", "ms_per_1000_users"
 
 
 class Missing(Exception):
     """A run that a table or a picture needs was not made."""
 
 
-def made(name, claim="adarec"):
+def made(claim, name):
     """The JSON of a run; Missing if it was not made."""
     if found := figures(claim, name):
         return found
     raise Missing
 
 
-def values(names, key="NDCG@10", claim="adarec"):
-    """`key` of those of the runs `names` that were made."""
-    return np.array([run[key] for run in (figures(claim, name) for name in names) if run])
+def seeds(claim, name, number=3):
+    """The JSON of the runs NAME-0, NAME-1 and so on that were made."""
+    return [run for seed in range(number) if (run := figures(claim, f"{name}-{seed}"))]
 
 
-def mean(names):
-    """Their mean NDCG@10; Missing if none was made."""
-    if len(of := values(names)) == 0:
-        raise Missing
-    return of.mean()
+def values(claim, name, key="NDCG@10", number=3):
+    """`key` of the runs NAME-0, NAME-1 and so on that were made."""
+    return np.array([run[key] for run in seeds(claim, name, number)])
 
 
-def spread(of, form="{:.4f}"):
-    """Mean, and of several values their standard deviation and number."""
-    if len(of) == 0:
+def spread(numbers, form="{:.4f}"):
+    """Mean, and of several numbers their standard deviation and number."""
+    if len(numbers) == 0:
         return MISSING
-    more = f" ({form.format(of.std(ddof=1))}; {len(of)})" if len(of) > 1 else " (1 seed)"
-    return form.format(of.mean()) + more
+    more = f" ({form.format(np.std(numbers, ddof=1))}; {len(numbers)})" if len(numbers) > 1 else " (1 seed)"
+    return form.format(np.mean(numbers)) + more
 
 
 def table(head, rows):
     """A table in Markdown; Missing if no run of it was made."""
-    if not rows:
+    if not rows or all(MISSING in cell or not cell for row in rows for cell in map(str, row[1:])):
         raise Missing
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def p_value(ranks, other, k=10):
+    """p that both are equally good: a paired t-test over users of NDCG@k, means of the seeds that both have.
+
+    `ranks` and `other` have a string of ranks for each seed. "" if they are the same or share no seed.
+    """
+    pairs = [(gains(ranks[seed], k), gains(other[seed], k)) for seed in sorted(ranks.keys() & other.keys())]
+    if not pairs or ranks == other:
+        return ""
+    gap = np.mean([one - two for one, two in pairs], 0)
+    return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if gap.any() else "1"
+
+
+def ranks_of(claim, name, number=3):
+    """The ranks of the runs NAME-0, NAME-1 and so on, by seed."""
+    found = {seed: figures(claim, f"{name}-{seed}").get("ranks") for seed in range(number)}
+    return {seed: ranks for seed, ranks in found.items() if ranks}
+
+
 # ---- AdaRec ----------------------------------------------------------------------------------------------
-
-# on ml-1m these learnt from an earlier run of the same teacher
-FIRST_TAUGHT = "ml-1m-emd-0", "ml-1m-one-to-one-0"
-FIRST_TEACHER = "tried/ml-1m-teacher-of-seed-0"
-SPEED = "ms_per_user", "ms_per_1000_users"
-
-
-def students(scene, name):
-    """Test NDCG@10 of the students `name` of a scene, over seeds."""
-    return values(f"{scene}-{name}-{seed}" for seed in range(3))
-
-
-def share(scene, name):
-    """How much of their teacher's accuracy the students have."""
-    runs = [run for seed in range(3) if figures("adarec", run := f"{scene}-{name}-{seed}")]
-    taught = [FIRST_TEACHER if run in FIRST_TAUGHT else f"{scene}-teacher" for run in runs]
-    tops = [made(name)["NDCG@10"] for name in taught]
-    return f"{np.mean(values(runs) / tops):.1%}" if runs else ""
-
-
-def teacher(scene):
-    """What the teacher is, and its accuracy."""
-    blocks, dim = (
-        re.search(rf"--{name} (\d+)", SCENES[scene]["teacher"]).group(1) for name in ("blocks", "dim")
-    )
-    return f"{blocks} blocks of {dim}: {made(f'{scene}-teacher')['NDCG@10']:.4f}"
-
-
-def trained(name, bold=""):
-    """Of each scene, accuracy of the students `name`, and as a share of their teacher's."""
-
-    def show(scene):
-        of = students(scene, name)
-        return f"{spread(of)}, {bold}{share(scene, name)}{bold}" if len(of) else ""
-
-    return show
-
-
-def of_students(data, name, key="NDCG@10"):
-    """`key` of the students `name` of today, over seeds."""
-    return values((f"{data}-{name}-{seed}" for seed in range(3)), key, "students")
 
 
 def front():
-    """AdaRec's students of today on three data sets."""
+    """AdaRec's students on three data sets: 128 wide on ml-1m, 64 wide on the others."""
+    width = {"ml-1m": 128, "games": 64, "beauty5": 64}
 
-    def teacher_of(data):
-        blocks = re.search(r"--blocks (\d+)", SETS[data]["teacher"])[1]
-        return f"{made(f'{data}-teacher', 'students')['NDCG@10']:.4f} ({blocks} blocks, 128 wide)"
+    def teacher(data):
+        return f"{made('students', f'{data}-teacher')['NDCG@10']:.4f}"
 
-    def accuracy(name):
+    def accuracy(how, dim=None):
         def show(data):
-            found = of_students(data, name)
-            share = found / made(f"{data}-teacher", "students")["NDCG@10"]
-            return f"{spread(found)}, **{share.mean():.1%}**" if len(found) else "–"
+            found = values("students", f"{data}-{dim or width[data]}-{how}")
+            share = np.mean(found) / made("students", f"{data}-teacher")["NDCG@10"] if len(found) else 0
+            return f"{spread(found)}, **{share:.1%}**" if len(found) else "–"
 
         return show
 
     def p(data):
-        runs = {name: [figures("students", f"{data}-64-{name}-{s}") for s in range(3)] for name in KIND}
-        pairs = [pair for pair in zip(*runs.values(), strict=True) if all(pair)]
-        if not pairs:
-            return "–"
-        gap = np.mean([gains(one["ranks"], 10) - gains(two["ranks"], 10) for one, two in pairs], 0)
-        return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}"
+        taught, alone = (ranks_of("students", f"{data}-{width[data]}-{how}") for how in ("taught", "alone"))
+        return p_value(taught, alone) or "–"
 
-    def faster(keys):
+    def faster(*keys):
         def show(data):
-            found = figures("students", f"{data}-latency").get("models")
-            return "; ".join(f"{found[0][k] / found[1][k]:.1f}x" for k in keys) if found else "–"
+            models = made("students", f"{data}-latency")["models"]
+            student = models[[64, 128].index(width[data]) + 1]  # after the teacher
+            return "; ".join(f"{models[0][key] / student[key]:.1f}x" for key in keys)
 
         return show
 
-    KIND = "taught", "alone"
-    compiled = [f"{key}_compiled" for key in SPEED]
-    rows = {"teacher": teacher_of, "student, 64 wide, distilled": accuracy("64-taught")}
-    rows |= {"the same student, alone": accuracy("64-alone"), "p, distilled against alone": p}
-    rows |= {"student, 128 wide, distilled": accuracy("128-taught")}
-    rows |= {"student, 32 wide, distilled": accuracy("32-taught")}
-    rows |= {"operations of the students' cells": lambda data: f"`{better_search(data)}`"}
-    rows |= {"64 wide: multiply-adds, fewer": faster(["macs"])}
-    rows |= {"64 wide, compiled: faster for one request; in batches": faster(compiled)}
-    return table(["", *SETS], [[what, *map(show, SETS)] for what, show in rows.items()])
+    rows = {"teacher, 128 wide": teacher, "width of the student": width.get}
+    rows |= {"student, distilled": accuracy("taught"), "the same student, alone": accuracy("alone")}
+    rows |= {"p, distilled against alone": p, "student, 32 wide, distilled": accuracy("taught", 32)}
+    rows |= {"multiply-adds, fewer": faster("macs")}
+    rows |= {"compiled, faster: one request; batches": faster(*(f"{key}_compiled" for key in SPEED))}
+    return table(["", *SETS.values()], [[what, *map(show, SETS)] for what, show in rows.items()])
 
 
 def serving():
@@ -186,7 +121,7 @@ def serving():
     names |= {"games": "games, 50 items at most", "beauty5": "Beauty 5-core, 50 at most"}
     keys, rows = ("macs", *SPEED, *(f"{key}_compiled" for key in SPEED)), []
     for data, name in names.items():
-        teacher, *found = made(data, "serving")["models"]
+        teacher, *found = made("serving", data)["models"]
         for dim, student in zip((32, 64, 128), found, strict=True):
             ratios = [teacher[key] / student[key] for key in keys]
             rows.append([name, dim, *(f"{ratio:.{int(ratio < 20)}f}x" for ratio in ratios)])
@@ -194,184 +129,214 @@ def serving():
     return table([*head, "batches of 256"], rows)
 
 
-def mappings():
-    """Ways to match the layers of student and teacher."""
-    ways = {"EMD": "emd", "one-to-one": "one-to-one", "last layer": "last", "alone": "none"}
-    rows = [[what, *(trained(name)(data) for data in ("ml-1m", "games"))] for what, name in ways.items()]
-    return table(["", "ml-1m", "games"], [["teacher", teacher("ml-1m"), teacher("games")], *rows])
+def random_runs(data):
+    """Validation NDCG@10 of the random architectures of a data set [k, 2 seeds], and their edges."""
+    found = [seeds("students", f"{data}-random{k}", 2) for k in range(12)]
+    found = [runs for runs in found if len(runs) == 2]
+    return np.array([[run["valid"] for run in runs] for runs in found]), [runs[0]["edges"] for runs in found]
+
+
+def alpha_score(data, edges):
+    """The sum over edges of log softmax(alpha), for the operations of an architecture, after the search."""
+    alpha = np.array(json.loads(made("students", f"{data}-search-with")["alpha"])[-1])
+    log_p = alpha - np.log(np.exp(alpha).sum(-1, keepdims=True))
+    chosen = re.split("[;,]", edges)
+    return sum(row[list(operations()).index(name)] for row, name in zip(log_p, chosen, strict=True))
+
+
+def operations():
+    """The names of the operations, in the order of alpha."""
+    module = ast.parse((ROOT / "adarec_search.py").read_text())
+    line = line_of("OPERATIONS", "adarec_search.py")
+    return [key.value for key in next(node for node in module.body if node.lineno == line).value.keys]
+
+
+def architectures():
+    """What a search can gain: random architectures of one cost, their seeds, the searched one and alpha."""
+    rows = {name: [] for name in ("random architectures: mean", "deviation between architectures")}
+    rows |= {name: [] for name in ("deviation between seeds", "best of them", "searched, alone")}
+    rows |= {name: [] for name in ("better than", "rank correlation of alpha with training", "p of it")}
+    for data in SETS:
+        valid, edges = random_runs(data)
+        if len(valid) < 3:
+            column = [MISSING] * len(rows)
+        else:
+            own = values("students", f"{data}-from-with", "valid", 2)
+            mean, noise = valid.mean(1), np.sqrt(valid.var(1, ddof=1).mean())
+            rho, p = stats.spearmanr([alpha_score(data, one) for one in edges], mean)
+            column = [f"{mean.mean():.4f}", f"{mean.std(ddof=1):.4f}", f"{noise:.4f}", f"{mean.max():.4f}"]
+            column += [spread(own), f"{(own.mean() > mean).sum()} of {len(mean)}", f"{rho:.2f}", f"{p:.2f}"]
+        for cells, cell in zip(rows.values(), column, strict=True):
+            cells.append(cell)
+    head = ["validation NDCG@10, alone, 6 epochs", *SETS.values()]
+    return table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def transfer():
-    """Architectures of one scene trained on another, without a teacher, and architectures of chance."""
-    rows, last = [], []
-    for source in SCENES:
-        row = [source]
-        for scene in SCENES:
-            name = f"search-{chosen(scene)}-alone" if source == scene else f"from-{source}"
-            row.append(spread(values(f"{scene}-{name}-{seed}" for seed in range(2))))
-        rows.append(row)
-    row = ["random, of equal cost"]
-    for scene in SCENES:
-        own = mean(f"{scene}-search-{chosen(scene)}-alone-{seed}" for seed in range(2))
-        chance = [mean(f"{scene}-chance{k}-{seed}" for seed in range(2)) for k in range(5)]
-        chance = np.array(chance)  # an architecture is one value
-        row.append(spread(chance))
-        t = (own - chance.mean()) / chance.std(ddof=1) / math.sqrt(1 + 1 / len(chance))
-        last.append(f"{(own > chance).sum()} of {len(chance)}, p {stats.t.sf(t, len(chance) - 1):.2f}")
-    rows += [row, ["the searched one is better than", *last]]
-    return table(["architecture of \\ trained on", *SCENES], rows)
+    """Architectures that were searched on one data set, trained on another, without a teacher."""
+    rows = []
+    for source in SETS:
+        names = [f"{data}-from-{'with' if data == source else source}" for data in SETS]
+        rows.append([SETS[source], *(spread(values("students", name, number=2)) for name in names)])
+    return table(["architecture of \\ trained on", *SETS.values()], rows)
 
 
 def planted():
     """Which operations the searches of each planted lag found, and how often."""
     rows = []
     for lag in (2, 4, 6):
-        found = Counter(made(f"lag-{lag}-{seed}", "planted")["edges"] for seed in range(10))
-        rows.append([f"`lag {lag}`", ", ".join(f"`{name}` {n}" for name, n in found.most_common())])
-    return table(["data", "operations found"], rows)
+        found = Counter(made("planted", f"lag-{lag}-{seed}")["edges"] for seed in range(10))
+        rows.append([f"{lag} items back", ", ".join(f"`{name}` {n}" for name, n in found.most_common())])
+    return table(["the next item depends on the item", "operations found"], rows)
+
+
+def betas():
+    """What the cost loss trades: size and accuracy of the architectures found on games."""
+    rows = []
+    for beta in ("0", "0.03", "0.1", "0.3", "1", "3"):
+        found = ", ".join(f"`{run['edges']}`" for run in seeds("cost", f"games-{beta}", 2)) or MISSING
+        cost = spread(values("cost", f"games-{beta}", "cost", 2), "{:.3f}")
+        rows.append([beta, found, cost, spread(values("cost", f"games-{beta}-alone", number=2))])
+    return table(["beta", "operations found", "cost", "NDCG@10"], rows)
 
 
 # ---- Bidirectional distillation --------------------------------------------------------------------------
 
+WAYS = {
+    "start": "before",
+    "early": "before, fewer epochs",
+    "alone": "alone",
+    "published": "BD as published (BPR)",
+    "published-half": "the same, every label 1/2",
+    "published-lambda-0": "the same, without L_BD",
+    "published-tau-10": "the same, temperature 10",
+    "published-uniform": "BD, published sign, uniform negatives",
+    "published-uniform-half": "the same, every label 1/2",
+    "published-uniform-tau-10": "the same, temperature 10",
+    "paper": "BD, the paper's sign, uniform negatives",
+    "paper-half": "the same, every label 1/2",
+    "top": "BD on the other model's 100 best items",
+    "top-gentle": "the same 100 items, a tenth of L_BD",
+    "sampled-uniform": "BD on items drawn uniformly",
+    "alone-knowing": "alone, negatives are never test items",
+    "alone-decay-1e-3": "alone, the student has a weight decay of 1e-3",
+    "alone-decay-1e-2": "alone, the student has a weight decay of 1e-2",
+    "alone-decay-1e-1": "alone, the student has a weight decay of 1e-1",
+    "published-decay-1e-2": "BD as published, the student has a weight decay of 1e-2",
+    "alone-both-decay-1e-4": "alone, both have a weight decay of 1e-4",
+    "alone-both-decay-1e-3": "alone, both have a weight decay of 1e-3",
+    "alone-both-decay-1e-2": "alone, both have a weight decay of 1e-2",
+}
 
-def p_value(runs, alone, kind, k):
-    """That going on alone is as good, by a paired t-test of users' NDCG@k, means of seeds; "" if unknown."""
-    pairs = [(runs[s][kind], alone[s][kind]) for s in runs.keys() & alone.keys()]
-    if not pairs or runs is alone or not all("ranks" in one for one in itertools.chain(*pairs)):
-        return ""
-    gap = np.mean([gains(one["ranks"], k) - gains(other["ranks"], k) for one, other in pairs], 0)
-    return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if gap.any() else "1"
+
+def both_ranks(name, kind):
+    """The ranks of the teachers or students of the runs NAME-0 and so on, by seed."""
+    found = {seed: figures("bidirectional", f"{name}-{seed}") for seed in range(3)}
+    return {seed: run[kind]["ranks"] for seed, run in found.items() if "student" in run}
 
 
-def of_seeds(name):
-    """The JSON of three seeds, empty where a run was not made."""
-    return [figures("bidirectional", f"{name}-{seed}") for seed in range(3)]
+def ways_of(base, k, ways, more=()):
+    """A row for each way: HR@k / NDCG@k of both models, their p, and the figures `more` of each.
 
-
-def bidirectional(base, k, ways):
-    """Rows of HR@k / NDCG@k of both models, their p-values; for the notebooks' data also as these count, and
-    for the others validation NDCG@10 of the last epoch, as the best is often none. Each way is compared with
-    `alone`, and a student that has a decay beside its teacher with one that has it alone.
+    A way is compared with `alone`. A student with a weight decay beside its teacher is compared with the same
+    student alone.
     """
-    notebooks, rows, found = k == 50, [], {}
-    for how in ways:
-        found[how] = {s: run for s, run in enumerate(of_seeds(f"{base}-{how}")) if "student" in run}
-        if not found[how]:
-            continue
-        row = [f"{how} ({len(found[how])})" if notebooks else f"{base}, {how} ({len(found[how])})"]
+    rows = []
+    for way in ways:
+        runs = [run for run in seeds("bidirectional", f"{base}-{way}") if "student" in run]
+        if not runs:
+            raise Missing
+        row = [f"{WAYS[way]} ({len(runs)})"]
         for kind in KINDS:
-            if how.startswith("alone-decay") and kind == "teacher":  # the same student, without a decay
-                row += [""] * 3
+            if (
+                way.startswith("alone-decay") and kind == "teacher"
+            ):  # a student without a decay trained beside
+                row += [""] * (2 + len(more))
                 continue
-            of = [run[kind] for run in found[how].values()]
-            mean = lambda key, of=of: f"{np.mean([one[key] for one in of]):.4f}"  # noqa: E731
-            row.append(f"{mean(f'HR@{k}')} / {mean(f'NDCG@{k}')}")
-            if notebooks:
-                row.append(f"{mean(f'published HR@{k}')} / {mean(f'published NDCG@{k}')}")
-            decayed = how.startswith("published-decay") and kind == "student"
-            beside = how.replace("published", "alone") if decayed else "alone"
-            row.append(p_value(found[how], found.get(beside, {}), kind, k))
-            if not notebooks:
-                row.append(mean("valid last"))
+            keys = f"HR@{k}", f"NDCG@{k}", *more
+            hr, ndcg, *others = (f"{np.mean([run[kind][key] for run in runs]):.4f}" for key in keys)
+            decayed = way.startswith("published-decay") and kind == "student"
+            baseline = way.replace("published", "alone") if decayed else "alone"
+            p = p_value(both_ranks(f"{base}-{way}", kind), both_ranks(f"{base}-{baseline}", kind), k)
+            row += [f"{hr} / {ndcg}", p, *others]
         rows.append(row)
     return rows
 
 
-def pair():
-    """Both bases' teacher and student before, alone, and with bidirectional distillation, in short."""
-    drawn = {"bpr": "published", "cdae": "published-uniform"}  # as published, whose negatives differ
-    ways = {"before": "start", "alone": "alone", "BD, the paper's sign": "paper", "BD as published": "{}"}
-    ways |= {"the same, every label 1/2": "{}-half", "the same, τ 10": "{}-tau-10"}
-    rows = []
-    for base, kind in itertools.product(drawn, KINDS):
-        rows.append([f"{base.upper()}, {kind}"])
-        for way in ways.values():
-            runs = of_seeds(f"{base}-{way.format(drawn[base])}")
-            found = np.array([run[kind]["NDCG@50"] for run in runs if run])
-            rows[-1].append(spread(found))
-    return table(["citeulike, NDCG@50", *ways], rows)
+def in_short(base, ways):
+    """HR@50 / NDCG@50 of both models on citeulike."""
+    return table([f"{base.upper()}, citeulike", "teacher", "p", "student", "p"], ways_of(base, 50, ways))
 
 
-def notebooks(base, ways):
-    """The table of the published notebooks, and its controls."""
-    head = [name for kind in KINDS for name in (kind, f"{kind}, as published", "p")]
-    return table(["", *head], bidirectional(base, 50, ways))
-
-
-def in_words(base, ways):
-    """HR@50 / NDCG@50 of both models by way, with the words for each."""
-    rows = bidirectional(base, 50, ways)
-    if len(rows) < len(ways):
-        raise Missing
-    rows = [
-        [words, *row[1::2][:1], row[3], row[4], row[6]]
-        for words, row in zip(ways.values(), rows, strict=True)
-    ]
-    return table([f"{base.upper()}, citeulike", "teacher", "p", "student", "p"], rows)
+def ways_that_ran(base):
+    """The ways of a base in the order of WAYS, as far as they were run."""
+    names = {re.sub(r"-\d$", "", name) for name, _ in runs_of("bidirectional")}
+    return [way for way in WAYS if f"{base}-{way}" in names]
 
 
 def bpr():
     """BPR's way as published, and its controls."""
-    ways = {"start": "before", "alone": "alone", "published": "BD as published"}
-    ways |= {"published-half": "the same, every label 1/2", "published-lambda-0": "the same without L_BD"}
-    ways |= {
-        "published-uniform": "the same, uniform negatives",
-        "paper": "the paper's sign, uniform negatives",
-    }
-    return in_words("bpr", ways)
-
-
-def cdae_chief():
-    """CDAE's way as published, softer labels, and labels that say nothing."""
-    ways = {"start": "before", "alone": "alone", "published-uniform": "BD as published"}
-    ways |= {"published-uniform-tau-10": "the same, temperature 10"}
-    ways |= {"published-uniform-half": "the same, every label 1/2"}
-    return in_words("cdae", ways)
-
-
-def bpr_more():
-    """All ways that BPR went."""
-    return notebooks("bpr", ["start", *TOGETHER, *DECAYED])
+    ways = "start", "alone", "published", "published-half", "published-lambda-0", "paper"
+    return in_short("bpr", ways)
 
 
 def cdae():
-    """The same of CDAE."""
-    return notebooks("cdae", ["start", "early", *TOGETHER, *DECAYED_BOTH])
+    """CDAE's way as published, softer labels, and labels that say nothing."""
+    as_published = [f"published-uniform{more}" for more in ("", "-half", "-tau-10")]
+    return in_short("cdae", ["start", "alone", *as_published])
 
 
-def temperatures():
-    """CDAE's gains over going on alone, by temperature: in validation NDCG@10, on which it is chosen, and in
-    NDCG@50; p that there is none of the latter, and p that labels of 1/2 are as good.
-    """
-    ways = {"alone": "alone", "2": "published-uniform", "10": "published-uniform-tau-10"}
-    ways["∞: labels of 1/2"] = "published-uniform-half"
-    of = {tau: of_seeds(f"cdae-{way}") for tau, way in ways.items()}
-    if not all(itertools.chain(*of.values())):
-        raise Missing
-    of, rows = {tau: dict(enumerate(runs)) for tau, runs in of.items()}, []
-    for tau in list(of)[1:]:
-        rows.append([tau])
-        for kind in KINDS:
-            for key in "valid", "NDCG@50":
-                ours, alone = (sum(run[kind][key] for run in of[way].values()) for way in (tau, "alone"))
-                rows[-1].append(f"{ours / alone - 1:+.1%}")
-            rows[-1] += [p_value(of[tau], of[other], kind, 50) for other in ("alone", "∞: labels of 1/2")]
-    head = [name for kind in KINDS for name in (f"{kind}, validation", "test", "p", "p against 1/2")]
-    return table(["τ", *head], rows)
+def all_of_bpr():
+    """All ways that BPR went; also as the notebooks count."""
+    return all_ways("bpr")
+
+
+def all_of_cdae():
+    """All ways that CDAE went; also as the notebooks count."""
+    return all_ways("cdae")
+
+
+def all_ways(base):
+    """All ways of a base, and NDCG@50 as the published notebooks count it."""
+    rows = ways_of(base, 50, ways_that_ran(base), ["published NDCG@50"])
+    head = [name for kind in KINDS for name in (kind, "p", "NDCG@50 as published")]
+    return table([f"{base.upper()}, citeulike", *head], rows)
 
 
 def pairs():
-    """Two sizes of SASRec that go on together."""
+    """Two sizes of SASRec that go on together: HR@10 / NDCG@10, and validation after the last epoch."""
+    rows = []
+    for data in ("ml-1m", "games"):
+        ways = [way for way in ways_that_ran(data) if seeds("bidirectional", f"{data}-{way}")]
+        rows += [[f"{data}, {row[0]}", *row[1:]] for row in ways_of(data, 10, ways, ["valid last"])]
     head = [name for kind in KINDS for name in (kind, "p", "at the end")]
-    return table(["", *head], [row for scene in PAIRS for row in bidirectional(scene, 10, SEQUENCES)])
+    return table(["", *head], rows)
 
 
-# ---- The teacher, beta, speed, scale, and the published code -----------------------------------------------
+def temperatures():
+    """CDAE's gains over going on alone, by temperature, and p that labels of 1/2 are as good."""
+    rows, half = [], "published-uniform-half"
+    for tau, way in {"2": half[:-5], "10": f"{half[:-5]}-tau-10", "∞: labels of 1/2": half}.items():
+        rows.append([tau])
+        for kind in KINDS:
+            for key in ("valid", "NDCG@50"):
+                both = (seeds("bidirectional", f"cdae-{name}") for name in (way, "alone"))
+                ours, alone = (sum(run[kind][key] for run in runs) for runs in both)
+                if not alone:
+                    raise Missing
+                rows[-1].append(f"{ours / alone - 1:+.1%}")
+            ranks, *others = (both_ranks(f"cdae-{name}", kind) for name in (way, "alone", half))
+            rows[-1] += [p_value(ranks, other, 50) for other in others]
+    head = [name for kind in KINDS for name in (f"{kind}, validation", "test", "p", "p against 1/2")]
+    return table(["temperature", *head], rows)
 
-PUBLISHED_FIGURES = {
-    "ml-1m": ("", 0.3152, 0.1821),
-    "beauty": ("", 0.0533, 0.0327),
-    "games": ("sampled ", 0.741, 0.536),
+
+# ---- The teacher, speed, scale, the published code, the neighbours ----------------------------------------
+
+TEACHERS = {  # what is compared, its runs, the protocol, and published HR@10 and NDCG@10
+    "ml-1m": ("ml-1m-falling", "", 0.3152, 0.1821),
+    "games, among 100 items": ("games-16-wide", "sampled ", 0.741, 0.536),
+    "Beauty": ("beauty", "", 0.0533, 0.0327),
 }
 DEVIATIONS = {
     "leak": "convolutions and pools pad on both sides",
@@ -384,135 +349,132 @@ DEVIATIONS = {
 
 def teachers():
     """SASRec beside published figures: SASRec's own for games, arXiv 2309.07602's for the others."""
-    of = {
-        f"`{name}`: `{how}`": ("teacher", [f"{name}-{s}" for s in range(3)]) for name, how in TEACHERS.items()
-    }
-    of |= {"`beauty-forward` of `run.py related`": ("related", [f"beauty-forward-{s}" for s in range(3)])}
     rows = []
-    for what, (claim, names) in of.items():
-        kind, *published = next(of for data, of in PUBLISHED_FIGURES.items() if names[0].startswith(data))
-        hr, ndcg = (values(names, f"{kind}{key}@10", claim) for key in ("HR", "NDCG"))
+    for what, (name, protocol, *published) in TEACHERS.items():
+        hr, ndcg = (values("teacher", name, f"{protocol}{key}@10") for key in ("HR", "NDCG"))
         if len(hr):
             rows.append([what, spread(hr), published[0], spread(ndcg), published[1]])
-    return table(["", "HR@10", "published", "NDCG@10", "published"], rows)
-
-
-def betas():
-    """What the cost loss trades: size and accuracy of the architectures found on games."""
-    rows = []
-    for beta in BETAS:
-        runs = [name for seed in range(2) if figures("cost", name := f"games-{beta}-{seed}")]
-        if runs:
-            found = ", ".join(f"`{figures('cost', name)['edges']}`" for name in runs)
-            alone = spread(values((f"games-{beta}-alone-{seed}" for seed in range(2)), claim="cost"))
-            rows.append([beta, found, spread(values(runs, "cost", "cost"), "{:.3f}"), alone])
-    return table(["beta", "operations found", "cost", "NDCG@10"], rows)
+    return table(["data", "HR@10", "published", "NDCG@10", "published"], rows)
 
 
 def speeds():
     """Seconds of an epoch of ours and of the other side."""
+    names = {
+        "peer-games": "pmixer/SASRec.pytorch, games, 50 items",
+        "peer-ml-1m": "the same, ml-1m, 200 items",
+    }
+    names |= {"softmax": "our teacher, but all scores are stored, ml-1m"}
+    names |= {"operations": "our search, but each operation is computed by itself, ml-1m"}
     rows = []
-    for name in dict(speed()):
-        if run := figures("speed", name):
-            ours, other = np.median(run["seconds_of_epoch"], 0)
-            rows.append([name, f"{ours:.2f} s", f"{other:.2f} s", f"{other / ours:.2f}x"])
-    return table(["", "ours", "other", "ratio"], rows)
+    for name, what in names.items():
+        ours, other = np.median(made("speed", name)["seconds_of_epoch"], 0)
+        rows.append([what, f"{ours:.2f} s", f"{other:.2f} s", f"{other / ours:.1f}x"])
+    return table(["compared with", "ours", "other", "faster"], rows)
 
 
 def scripts():
-    """Two processes against one, and the cost of a checkpoint."""
+    """Two processes against one."""
     rows = []
-    for name in dict(processes()):
-        if run := figures("processes", name):
-            one, two = np.median(run["seconds_of_epoch"], 0)
-            share = run["checkpoint_seconds"] / one
-            rows.append([f"`{name}.py`", f"{one:.1f} s", f"{two:.1f} s", f"{one / two:.2f}x", f"{share:.2%}"])
-    return table(["an epoch of ml-1m", "one process", "two", "faster", "a checkpoint costs"], rows)
+    for name, _ in runs_of("processes"):
+        one, two = np.median(made("processes", name)["seconds_of_epoch"], 0)
+        rows.append([f"`{name}.py`", f"{one:.1f} s", f"{two:.1f} s", f"{one / two:.2f}x"])
+    return table(["an epoch of ml-1m", "one process", "two", "faster"], rows)
 
 
 def scale():
     """Seconds and peak memory of large logs and catalogues."""
     found = {}
-    for row in made("table", "scale"):
+    for row in made("scale", "table"):
         size = row["interactions"], row["items"]
         found.setdefault(size, {})[row["what"]] = f"{row['seconds']:.0f} s, {row['MiB'] / 1024:.1f} GiB"
-    head = list(dict.fromkeys(what for of in found.values() for what in of))
-    rows = [
-        [*map("{:,}".format, size), *(found[size].get(what, "") for what in head)] for size in sorted(found)
-    ]
+    head = list(dict.fromkeys(what for cells in found.values() for what in cells))
+    rows = [[*size, *(found[size].get(what, "") for what in head)] for size in sorted(found)]
+    rows = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     return table(["interactions", "items", *(f"`{what}`" for what in head)], rows)
 
 
 def deviations():
     """Test NDCG@10 of the demo's student with each deviation of the published code put back."""
     here = {"teacher": "teacher", "alone": "student, alone", "student": "student, distilled, no deviation"}
-    rows = [
-        [what, spread(values((f"{n}-{seed}" for seed in range(3)), claim="demo"))] for n, what in here.items()
-    ]
-    for name, what in DEVIATIONS.items():
-        rows.append(
-            [f"{what} (`{name}`)", spread(values((f"{name}-{s}" for s in range(3)), claim="published"))]
-        )
+    rows = [[what, spread(values("demo", name))] for name, what in here.items()]
+    rows += [[what, spread(values("published", name))] for name, what in DEVIATIONS.items()]
     return table(["ml-100k, the demo", "NDCG@10"], rows)
 
 
-def neighbours(names):
-    """NDCG@10 of runs of related/, and of users with short histories where it was measured."""
-    keys = ["NDCG@10", *(f"NDCG@10 to {most}" for most in (5, 10, 20))]
-    runs = {name: [run for s in range(3) if (run := figures("related", f"{name}-{s}"))] for name in names}
-    runs = {name: found for name, found in runs.items() if found}
-    if not runs:
-        raise Missing
-    keys = [key for key in keys if key in next(iter(runs.values()))[0]]
-    rows = [
-        [
-            f"`{name.removeprefix('beauty-')}`",
-            *(spread(np.array([run[key] for run in found])) for key in keys),
-        ]
-        for name, found in runs.items()
-    ]
-    return table(["", *(key.replace("NDCG@10 to", "history of at most") for key in keys)], rows)
+def ways():
+    """Ways to distil: one teacher, one untrained student, the same epochs."""
+    names = {
+        "alone": "no teacher",
+        "none": "scores and embeddings: L_pred, L_emb",
+        "last": "and the last layer",
+    }
+    names |= {"one-to-one": "and layers one-to-one", "emd": "and layers by EMD (AdaRec)"}
+    names |= {"statistics": "statistics of layers (AdaIN)", "dfa": "groups of layers (DFA)"}
+    names |= {"rrd": "ranking distillation (RRD)"}
+    rows, teacher = [], made("students", "beauty5-teacher")["NDCG@10"]
+    for name, what in names.items():
+        found, alone = values("ways", f"beauty5-{name}"), ranks_of("ways", "beauty5-alone")
+        share = f"{np.mean(found) / teacher:.1%}" if len(found) else ""
+        rows.append([what, spread(found), share, p_value(ranks_of("ways", f"beauty5-{name}"), alone)])
+    rows.append(["(the teacher)", f"{teacher:.4f}", "", ""])
+    return table(["the student learns from", "NDCG@10", "of the teacher's", "p against no teacher"], rows)
 
 
-def neighbours_distil():
-    """Ways to distil, on ml-100k."""
-    return neighbours(["four", *WAYS, "emd"])
+SAMPLED = {"sampled HR@5": "Recall@5", "sampled NDCG@5": "NDCG@5", "sampled MRR@101": "MRR"}
 
 
-def neighbours_domain():
+def neighbour(claim, names, baseline):
+    """Published metrics, full ranking and short histories; p of full ranking against `baseline`."""
+    rows = []
+    for name, what in names.items():
+        columns = [spread(values(claim, name, key)) for key in (*SAMPLED, "NDCG@10", "NDCG@10 to 5")]
+        p = p_value(ranks_of(claim, name), ranks_of(claim, baseline))
+        rows.append([what, *columns, p])
+    head = ["", *SAMPLED.values(), "NDCG@10, all items", "histories of at most 5", "p"]
+    return table(head, rows)
+
+
+def asrep():
+    """ASReP and its parts on Beauty 5-core."""
+    names = {"sasrec": "SASRec", "backwards": "trained backwards first"}
+    names |= {"scratch": "filled histories, from scratch"}
+    names |= {"clean": "ASReP", "published": "ASReP, published order"}
+    return neighbour("asrep", names, "sasrec")
+
+
+def known():
+    """How often the first generated item occurs in a training history together with another item."""
+    orders, rows = {"clean": "clean order", "published": "published order"}, []
+    for key in made("asrep", "clean-0"):
+        if key.startswith("together with "):
+            cells = [f"{np.mean(values('asrep', name, key)):.1f} %" for name in orders]
+            rows.append([key.removeprefix("together with "), *cells])
+    return table(["together with the", *orders.values()], rows)
+
+
+def dt4sr():
+    """A product or a distance of Gaussians, under BPR and under a softmax."""
+    names = {"dot-bpr": "product, BPR", "wasserstein-bpr": "distance, BPR"}
+    names |= {"dot-ce": "product, softmax", "wasserstein-ce": "distance, softmax"}
+    rows = neighbour("dt4sr", names, "dot-bpr").splitlines()
+    p = p_value(ranks_of("dt4sr", "wasserstein-ce"), ranks_of("dt4sr", "dot-ce"))
+    rows[-2] = rows[-2].rsplit("|", 2)[0] + "|  |"
+    rows[-1] = rows[-1].rsplit("|", 2)[0] + f"| {p} |"
+    return "\n".join(rows)
+
+
+def domains():
     """From one domain to another, on ml-100k."""
-    return neighbours(["source", *("-".join(["domain", *losses.split()]) for losses in LOSSES)])
+    names = {"source": "the teacher", "domain": "student: labels of the source domain"}
+    names |= {"domain-output": "and the teacher's scores", "domain-output-feature": "and its states"}
+    names |= {"domain-output-pseudo": "scores and pseudo labels"}
+    names |= {"domain-output-feature-pseudo": "scores, states and pseudo labels"}
+    return table(["", "NDCG@10"], [[what, spread(values("related", name))] for name, what in names.items()])
 
 
-def neighbours_beauty():
-    """ASReP and DT4SR beside SASRec, on Beauty."""
-    return neighbours([f"beauty-{name}" for name in ("forward", "dt4sr", *PRIOR, "backward-read")])
-
-
-TABLES = (
-    teachers,
-    betas,
-    speeds,
-    scripts,
-    scale,
-    deviations,
-    front,
-    serving,
-    mappings,
-    transfer,
-    planted,
-    pair,
-    bpr,
-    bpr_more,
-    cdae,
-    cdae_chief,
-    temperatures,
-    pairs,
-    neighbours_distil,
-    neighbours_domain,
-    neighbours_beauty,
-)
-TABLES = {table.__name__: table for table in TABLES}
+TABLES = (front, serving, architectures, transfer, planted, betas, bpr, cdae, all_of_bpr, all_of_cdae, pairs)
+TABLES += (temperatures, teachers, speeds, scripts, scale, deviations, ways, asrep, known, dt4sr, domains)
+TABLES = {function.__name__: function for function in TABLES}
 
 
 def drawn(name):
@@ -525,19 +487,14 @@ def drawn(name):
 
 def line_of(name, script):
     """The line of a top-level name, or of a method Class.method, of a script."""
-    scope, line = ast.parse((ROOT / script).read_text()), None
+    scope = ast.parse((ROOT / script).read_text())
     for part in name.split("."):
-        scope = next(
-            node
-            for node in scope.body
-            if part
-            in [
-                getattr(node, "name", None),
-                *(t.id for t in getattr(node, "targets", ()) if hasattr(t, "id")),
-            ]
-        )
-        line = scope.lineno
-    return line
+        for node in scope.body:
+            names = [getattr(target, "id", "") for target in getattr(node, "targets", ())]
+            if part in [getattr(node, "name", ""), *names]:
+                scope = node
+                break
+    return scope.lineno
 
 
 def filled(page):
@@ -558,41 +515,37 @@ def draw_scenes(plt):
     """Accuracy over multiply-adds and latency: teacher and students of each data set, one mark per seed."""
     figure, axes = plt.subplots(2, 3, figsize=(9, 5.4), layout="constrained", sharey="col")
     kinds = {"teacher": ("teacher", "s"), "128-taught": ("student 128 wide, distilled", "^")}
-    kinds |= {
-        "64-taught": ("64 wide", "o"),
-        "32-taught": ("32 wide", "D"),
-        "64-alone": ("64 wide, alone", "v"),
-    }
+    kinds |= {"64-taught": ("64 wide", "o"), "32-taught": ("32 wide", "D")}
+    kinds |= {"128-alone": ("128 wide, alone", "<"), "64-alone": ("64 wide, alone", "v")}
     for (above, below), data in zip(axes.T, SETS, strict=True):
-        top = made(f"{data}-teacher", "students")["NDCG@10"]
-        latency = {m["model"].split(f"{data}-")[1]: m for m in made(f"{data}-latency", "students")["models"]}
+        top = made("students", f"{data}-teacher")
+        models = made("students", f"{data}-latency")["models"]
+        latency = {model["model"].split(f"{data}-")[1]: model[f"{SPEED[1]}_compiled"] for model in models}
         for (name, (label, marker)), colour in zip(kinds.items(), COLOURS, strict=False):
-            runs = (
-                [f"{data}-teacher"] if name == "teacher" else [f"{data}-{name}-{seed}" for seed in range(3)]
-            )
+            runs = [top] if name == "teacher" else seeds("students", f"{data}-{name}")
             look = {"color": colour, "label": label, "ms": 7, "mec": "white", "mew": 0.6}
-            y = values(runs, claim="students")
-            above.plot(values(runs, "macs", "students") / 1e6, y, marker, **look)
+            y = np.array([run["NDCG@10"] for run in runs])
+            above.plot([run["macs"] / 1e6 for run in runs], y, marker, **look)
             file = "teacher.pt2" if name == "teacher" else f"{name.split('-')[0]}-untrained.pt2"
-            if len(y) and file in latency:
-                below.plot(latency[file]["ms_per_1000_users_compiled"], y.mean(), marker, **look)
+            if len(y):
+                below.plot(latency[file], y.mean(), marker, **look)
         for axis in (above, below):
-            axis.axhline(top, color="#000000", lw=0.8, ls=":")
-            axis.set(xscale="log", ylim=(0.8 * top, 1.06 * top))
+            axis.axhline(top["NDCG@10"], color="#000000", lw=0.8, ls=":")
+            axis.set(xscale="log", ylim=(0.8 * top["NDCG@10"], 1.06 * top["NDCG@10"]))
             axis.minorticks_off()
-        above.set(title=data, xlabel="million multiply-adds", xlim=(0.05, 500))
+        above.set(title=SETS[data], xlabel="million multiply-adds", xlim=(0.05, 500))
         below.set(xlabel="ms for 1,000 users, compiled", xlim=(10, 20_000))
     for axis in axes[:, 0]:
         axis.set_ylabel("test NDCG@10")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def draw_cells(plt):
-    """The cells that the search found in each scene, as graphs: node 0 is the input."""
+    """The cells that the search found on each data set, as graphs: node 0 is the input."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 1.7), layout="constrained")
-    for axis, scene in zip(axes, SCENES, strict=True):
-        found = made(f"{scene}-search-{chosen(scene)}")["edges"]
+    for axis, data in zip(axes, SETS, strict=True):
+        found = made("students", f"{data}-search-with")["edges"]
         for j, row in enumerate(found.split(";"), 1):
             for i, name in enumerate(row.split(",")):
                 bend, high = ("arc3,rad=-0.5", 0.42) if j - i > 1 else ("arc3", 0.07)
@@ -602,18 +555,18 @@ def draw_cells(plt):
                 axis.text((i + j) / 2, high, name, ha="center", va="bottom")
         for node in range(3):
             axis.text(node, 0, node, ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"})
-        axis.set(title=scene, xlim=(-0.3, 2.3), ylim=(-0.3, 0.8))
+        axis.set(title=SETS[data], xlim=(-0.3, 2.3), ylim=(-0.3, 0.8))
         axis.axis("off")
     return figure
 
 
 def draw_search(plt):
     """softmax(alpha) of each edge, and the temperature, over the epochs of the demo's search."""
-    alpha = np.array(json.loads(made("search-0", "demo")["alpha"]))  # [epochs, E, |O|]
+    alpha = np.array(json.loads(made("demo", "search-0")["alpha"]))  # [epochs, E, |O|]
     p = np.exp(alpha) / np.exp(alpha).sum(-1, keepdims=True)
     figure, axes = plt.subplots(1, p.shape[1], figsize=(9, 2.6), layout="constrained", sharey=True)
     for axis, edge, name in zip(axes, p.swapaxes(0, 1), ("0 to 1", "0 to 2", "1 to 2"), strict=True):
-        for operation, colour, y in zip(OPERATIONS, COLOURS, edge.T, strict=True):
+        for operation, colour, y in zip(operations(), COLOURS, edge.T, strict=True):
             axis.plot(np.arange(1, len(y) + 1), y, color=colour, label=operation, lw=1.4)
         tau = 0.8 ** (np.arange(len(edge)) // 5)
         axis.plot(np.arange(1, len(edge) + 1), tau, color="#000000", ls=":", lw=1, label="tau")
@@ -624,67 +577,35 @@ def draw_search(plt):
 
 
 def draw_flow(plt):
-    """How much of the flow goes between which layers, over the epochs; four blocks teach two."""
-    flow = np.array(json.loads(made("emd-0", "related")["flow"]))  # [epochs, L_S, L_T]
+    """How much of the flow goes between which layers, over the epochs (games: 4 blocks teach 2 cells)."""
+    flow = np.array(json.loads(made("students", "games-64-taught-0")["flow"])[1:])  # [epochs, L_S, L_T]
     figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
     image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
-    pairs = [f"student {i + 1}, teacher {j + 1}" for i, j in np.ndindex(flow.shape[1:])]
-    axis.set(yticks=range(len(pairs)), yticklabels=pairs, xlabel="epoch", title="flow F between layers")
+    names = [f"student {i + 1}, teacher {j + 1}" for i, j in np.ndindex(flow.shape[1:])]
+    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="epoch", title="flow between layers")
     figure.colorbar(image)
-    return figure
-
-
-def draw_bidirectional(plt):
-    """Validation NDCG@10 over the epochs in which a pair of SASRec on ml-1m goes on; mean of 3 seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    for axis, kind in zip(axes, KINDS, strict=True):
-        ways = (
-            "alone",
-            "paper",
-            "published-uniform",
-            "paper-gentle",
-            "top",
-            "top-gentle",
-            "sampled-uniform",
-            "paper-half",
-        )
-        for how, colour in zip(ways, COLOURS, strict=False):
-            runs = [made(f"ml-1m-{how}-{seed}", "bidirectional") for seed in range(3)]
-            axis.plot(
-                np.mean([json.loads(run[kind]["validation"]) for run in runs], 0), color=colour, label=how
-            )
-        axis.set(title=kind, xlabel="epoch")
-    axes[0].set_ylabel("validation NDCG@10")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
     return figure
 
 
 def draw_scale(plt):
     """Seconds and peak memory over interactions, with 100,000 items, and over items, with 5 million."""
-    rows = [row for row in made("table", "scale") if row["what"] in ("sasrec_teacher", "evaluate")]
-    if not rows:
-        raise Missing
+    rows = made("scale", "table")
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.5), layout="constrained")
-    for n, (key, fixed, value) in enumerate(
-        (("interactions", "items", 10**5), ("items", "interactions", 5 * 10**6))
-    ):
+    panels = ("interactions", "items", 10**5), ("items", "interactions", 5 * 10**6)
+    for n, (key, fixed, value) in enumerate(panels):
         for what, colour, marker in (("sasrec_teacher", "#0072B2", "o"), ("evaluate", "#E69F00", "v")):
-            some = sorted(
-                (row[key], row["seconds"], row["MiB"])
-                for row in rows
-                if row["what"] == what and row[fixed] == value
-            )
-            x, seconds, memory = zip(*some, strict=True)
-            axes[2 * n].plot(x, seconds, marker=marker, color=colour, label=what)
-            axes[2 * n + 1].plot(x, memory, marker=marker, color=colour, label=what)
-        for axis, name in zip(axes[2 * n : 2 * n + 2], ("seconds", "peak MiB"), strict=True):
-            axis.set(title=name, xlabel=key, xscale="log", yscale="log")
+            some = [row for row in rows if row["what"] == what and row[fixed] == value]
+            some = sorted((row[key], row["seconds"], row["MiB"]) for row in some)
+            x, *both = zip(*some, strict=True)
+            for axis, y, name in zip(axes[2 * n : 2 * n + 2], both, ("seconds", "peak MiB"), strict=True):
+                axis.plot(x, y, marker=marker, color=colour, label=what)
+                axis.set(title=name, xlabel=key, xscale="log", yscale="log")
     axes[0].legend(frameon=False)
     return figure
 
 
 PICTURES = {"scenes": draw_scenes, "cells": draw_cells, "search": draw_search, "flow": draw_flow}
-PICTURES |= {"bidirectional": draw_bidirectional, "scale": draw_scale}
+PICTURES |= {"scale": draw_scale}
 
 
 def main():
@@ -699,12 +620,8 @@ def main():
     except ImportError:
         sys.exit("no matplotlib: the pictures stay as they are (pip install -r requirements-figures.txt)")
     matplotlib.use("svg")
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "results",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    matplotlib.rcParams |= {"svg.hashsalt": "results", "font.size": 9}
+    matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     from matplotlib import pyplot as plt
 
     for name, draw in PICTURES.items():

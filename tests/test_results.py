@@ -24,46 +24,81 @@ import evaluate  # noqa: E402
 
 
 @pytest.mark.parametrize("claim", run.CLAIMS)
-def test_every_command_is_understood(claim, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "ROOT", tmp_path)  # where architectures are written
-    runs, understood = dict(run.CLAIMS[claim]()), 0
-    assert len(runs) == len(list(run.CLAIMS[claim]()))  # each name once
-    for commands in runs.values():
+def test_every_command_is_understood(claim, monkeypatch):
+    runs, understood = list(run.runs_of(claim)), 0
+    assert len({name for name, _ in runs}) == len(runs) > 0  # each name once
+    for name, commands in runs:
+        assert "{" not in name and not any(re.search(r"\{\w+\}", command) for command in commands)
         for command in commands:
-            script, *argv = shlex.split(command.replace("COST", "0.5").removeprefix(f"{run.TORCHRUN} "))
-            if script in ("data/prepare.py", "patch", "-u", run.RECBOLE.split()[0]):  # -u: the peer's
+            command = command.replace(" -m torch.distributed.run --standalone --nproc-per-node=2", "")
+            if not command.startswith("python ") or "prepare.py" in command:
                 continue
+            _, script, *argv = shlex.split(command)
             module, asked = importlib.import_module(Path(script).stem), []
-            for name in ("train", "search", "build", "evaluate", "augment", "split", "write_untrained"):
-                monkeypatch.setattr(module, name, asked.append, raising=False)
+            for function in ("train", "search", "build", "evaluate", "split"):
+                monkeypatch.setattr(module, function, asked.append, raising=False)
+            monkeypatch.setattr(module, "refuse_to_overwrite", lambda *_: None, raising=False)
             if module is evaluate:
                 monkeypatch.setattr(module, "print_table", lambda *_: None)
-            module.main([*argv, *["--out", "x.json"] * (module is not evaluate and "--out" not in argv)])
+            module.main(argv)
             assert len(asked) == 1 and asked[0].data == argv[0]
             understood += 1
+        output = run.output_of(commands[-1])  # what comes after makes use of it
+        assert output is None or f"runs/{claim}/{name}" in output
     assert understood >= len(runs)
 
 
-def test_a_run_that_is_not_there_is_no_run_that_is_made(capsys, monkeypatch):
-    monkeypatch.setattr(run, "make", None)
+def test_every_run_that_was_made_is_listed():
+    kept = {"make-demo"}  # by make demo itself
+    for claim in run.CLAIMS:
+        names = {path.stem for path in (run.RUNS / claim).glob("*.json")}
+        assert names - kept <= {name for name, _ in run.runs_of(claim)}, claim
+
+
+def test_variables_of_a_claim_take_all_their_values(monkeypatch, tmp_path):
+    (tmp_path / "results" / "claims").mkdir(parents=True)
+    text = "# words\n\na-{x}-{y}  x=1,2  y=p,q\n    one {x} \\\n        more\n    two {y}\n"
+    text += "\n# words\nb\n    three\n"
+    (tmp_path / "results" / "claims" / "some.txt").write_text(text)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    runs = dict(run.runs_of("some"))
+    assert list(runs) == ["a-1-p", "a-1-q", "a-2-p", "a-2-q", "b"]
+    assert runs["a-2-q"] == ["one 2 more", "two q"] and runs["b"] == ["three"]
+
+
+def test_a_run_is_made_once_and_leaves_its_figures(monkeypatch, tmp_path, capsys):
+    (tmp_path / "results" / "claims").mkdir(parents=True)
+    report = '[{"HR@10": 0.5, "NDCG@10": 0.25}]'
+    command = f"python evaluate.py data.txt m.pt2 --json && echo '{report}'"
+    (tmp_path / "results" / "claims" / "some.txt").write_text(f"a\n    echo x > made\n    {command}\n")
+    (tmp_path / "evaluate.py").write_text("")
+    for name, value in (("ROOT", tmp_path), ("RUNS", tmp_path / "results" / "runs"), ("CLAIMS", ["some"])):
+        monkeypatch.setattr(run, name, value)
     with pytest.raises(SystemExit, match="2"):
-        run.main(["teacher", "--only", "gmaes*"])
-    assert "gmaes*: no run is named so" in capsys.readouterr().err
-    run.main(["bidirectional", "--only", "bpr-start-0"])  # whose JSON is there
-    assert "0 runs" in capsys.readouterr().err
+        run.main(["some", "--only", "b*"])
+    assert "b*: no run is named so" in capsys.readouterr().err
+    run.main(["some"])
+    found = run.figures("some", "a")
+    assert found["NDCG@10"] == 0.25 and found["commands"] == ["echo x > made", command]
+    assert (tmp_path / "made").read_text() == "x\n"
+    monkeypatch.setattr(run, "make", None)
+    run.main(["some"])
+    assert "0 of 1 runs" in capsys.readouterr().err
+    (tmp_path / "results" / "claims" / "some.txt").write_text("c\n    false\n")
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("patch", sorted(published.glob("*.patch")), ids=lambda patch: patch.stem)
 def test_every_patch_fits(patch, tmp_path):
     script = re.search(r"^--- (\S+)", patch.read_text()).group(1)
-    (command,), _ = run.patched(patch.stem, f"{script} DATA")
-    assert command.split()[3] == script
+    claims = "".join((root / "results" / "claims" / f"{claim}.txt").read_text() for claim in run.CLAIMS)
+    assert f" {script} results/published/{patch.name}" in " ".join(claims.replace("\\\n", "").split())
     made = subprocess.run(["patch", "--fuzz", "0", "-o", tmp_path / script, root / script, patch])
     assert made.returncode == 0 and (tmp_path / script).read_text() != (root / script).read_text()
 
 
 def test_operations_are_those_of_the_search():
-    assert tuple(importlib.import_module("adarec_search").OPERATIONS) == draw.OPERATIONS
+    assert list(importlib.import_module("adarec_search").OPERATIONS) == draw.operations()
 
 
 def test_figures_as_the_notebooks_count_them():
@@ -93,17 +128,14 @@ def test_short_users_are_counted_by_their_training_items(monkeypatch, tmp_path):
     lengths = {1: 2, 2: 7, 3: 5, 4: 8}  # of whole histories; user 1 has no test item
     rows = [(user, item + 1) for user, n in lengths.items() for item in range(n)]
     np.savetxt(tmp_path / "data.txt", rows, "%d")
-    ranks = "".join(chr(48 + rank) for rank in (1, 3, 1))
-    report = dict.fromkeys(("HR@5", "NDCG@5", "MRR@101", "HR@10", "NDCG@10"), 0) | {"ranks": ranks}
-    monkeypatch.setattr(run, "evaluated", lambda *_: report)
-    found = run.of_neighbour("data.txt", "model.pt2", [])
+    found = run.of_short_users("data.txt", "".join(chr(48 + rank) for rank in (1, 3, 1)))
     assert found["users to 5"] == 2 and found["NDCG@10 to 5"] == pytest.approx((1 + 0.5) / 2)
 
 
 @pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_tables_are_what_the_runs_say(page):
     text = page.read_text()
-    assert text.count("<!-- table ") == text.count("<!-- end -->") > 0
+    assert text.count("<!-- table ") == text.count("<!-- end -->")
     assert draw.filled(text) == text, "python results/draw.py"
     for picture in re.findall(r"\((\S+\.svg)\)", text):
         assert (page.parent / picture).exists()
@@ -123,33 +155,41 @@ def test_the_table_of_the_demo_is_what_its_run_says(capsys):
         assert said in " ".join(page.split())
 
 
-def test_a_claim_is_drawn_without_the_others(tmp_path):
-    shutil.copytree(run.RUNS / "speed", tmp_path / "results" / "runs" / "speed")
-    for name in ("draw.py", "run.py"):
-        shutil.copy(root / "results" / name, tmp_path / "results" / name)
-    show = "import draw, json; print(json.dumps({name: draw.drawn(name) for name in draw.TABLES}))"
-    command = [sys.executable, "-c", show]
-    made = subprocess.run(command, cwd=tmp_path / "results", capture_output=True, check=True)
-    tables = json.loads(made.stdout)
-    assert tables.pop("speeds") == draw.drawn("speeds")
-    assert len(tables) > 10 and all(draw.MISSING in found for found in tables.values())
+def test_a_claim_is_drawn_without_the_others(monkeypatch, tmp_path):
+    shown = draw.drawn("speeds")
+    shutil.copytree(run.RUNS / "speed", tmp_path / "speed")
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    tables = {name: draw.drawn(name) for name in draw.TABLES}
+    assert tables.pop("speeds") == shown != draw.MISSING
+    assert len(tables) > 10 and {*tables.values()} == {draw.MISSING}
 
 
 def test_p_values_pool_seeds_user_by_user():
     rng = np.random.default_rng(0)
-    ranks = {name: [rng.integers(0, 51, 300) for _ in range(3)] for name in ("alone", "other")}
-    runs = {
-        name: {
-            seed: {"student": {"ranks": "".join(chr(48 + r) for r in rank)}} for seed, rank in enumerate(of)
-        }
-        for name, of in ranks.items()
+    ranks = {name: rng.integers(0, 51, (3, 300)) for name in ("alone", "other")}
+    strings = {
+        name: {seed: "".join(chr(48 + r) for r in row) for seed, row in enumerate(rows)}
+        for name, rows in ranks.items()
     }
-    gain = {
-        name: np.mean([(r > 0) / np.log2(np.maximum(r, 1) + 1.0) for r in of], 0)
-        for name, of in ranks.items()
-    }
-    expected = stats.ttest_rel(gain["other"], gain["alone"]).pvalue
-    assert draw.p_value(runs["other"], runs["alone"], "student", 50) == f"{expected:.0e}"
-    assert draw.p_value(runs["alone"], runs["alone"], "student", 50) == ""
-    del runs["other"][1]["student"]["ranks"]
-    assert draw.p_value(runs["other"], runs["alone"], "student", 50) == ""
+    alone, other = (
+        np.mean((rows > 0) / np.log2(np.maximum(rows, 1) + 1.0), 0)
+        for rows in (ranks["alone"], ranks["other"])
+    )
+    assert (
+        draw.p_value(strings["other"], strings["alone"], 50) == f"{stats.ttest_rel(other, alone).pvalue:.0e}"
+    )
+    assert draw.p_value(strings["alone"], strings["alone"], 50) == ""
+    assert (
+        draw.p_value({0: strings["alone"][0]}, {1: strings["other"][1]}, 50) == ""
+    )  # no seed that both have
+
+
+def test_alpha_scores_an_architecture_by_its_operations(monkeypatch):
+    alpha = np.random.default_rng(0).normal(size=(3, len(draw.operations())))
+    monkeypatch.setattr(
+        draw, "made", lambda *_: {"alpha": json.dumps([(alpha * 0).tolist(), alpha.tolist()])}
+    )
+    p = np.exp(alpha) / np.exp(alpha).sum(1, keepdims=True)
+    chosen = [draw.operations().index(name) for name in ("conv3", "none", "max_pool")]
+    expected = np.log(p[[0, 1, 2], chosen]).sum()
+    assert draw.alpha_score("games", "conv3;none,max_pool") == pytest.approx(expected)

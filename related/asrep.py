@@ -13,8 +13,8 @@ occurs in a training history together with the test item: this shows how much it
 
     python sasrec_teacher.py data/ml-100k.txt --epochs 0 --out runs/untrained.pt2
     python related/asrep.py data/ml-100k.txt --start runs/untrained.pt2 --reverse --out runs/backward.pt2
-    python related/asrep.py data/ml-100k.txt --start runs/backward.pt2 --generator runs/backward.pt2 --fill 40 \
-        --out runs/asrep.pt2
+    python related/asrep.py data/ml-100k.txt --start runs/backward.pt2 --generator runs/backward.pt2 \
+        --fill 40 --out runs/asrep.pt2
     python evaluate.py data/ml-100k.txt runs/asrep.pt2 --inputs runs/asrep.txt
 
 Reads   interactions, `user item` a row (data/README.md), and model files (README.md, "The model file").

@@ -121,6 +121,8 @@ def figures_of(claim, command, printed):
         return {key: reports[0][key] for key in ("HR@10", "NDCG@10")}
     if script == "bidirectional_distill.py":
         return both_models(out, data)
+    if script == "supernet.py":
+        return {"valid": json.loads(printed.splitlines()[-1])}
     found, log = {}, log_of(out) if (ROOT / f"{out}.log.jsonl").exists() else []
     for key in ("alpha", "flow"):  # of each epoch, in one line
         if log and key in log[-1]:

@@ -62,14 +62,14 @@ class Block(nn.Module):
         self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None  # of attention, feed-forward
 
     def attention(self, x):
-        """softmax(Q K^T / sqrt(d / heads)) V. Position t attends to positions up to t (section III-B)."""
+        """softmax(Q K^T / sqrt(d / heads)) V. Position t attends up to t (SASRec, section III-B)."""
         per_head = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, d/heads]
         q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d/heads]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.projection(attended.transpose(1, 2).flatten(2))  # [B, T, d]
 
     def feed_forward(self, x):
-        """ReLU(x W_1 + b_1) W_2 + b_2 (section III-B)."""
+        """ReLU(x W_1 + b_1) W_2 + b_2 (SASRec, section III-B)."""
         return self.W_2(F.relu(self.W_1(x)))
 
     def forward(self, x):

@@ -5,11 +5,12 @@ Pre-training Transformer", SIGIR 2021, arXiv 2105.00522.
 
 1. --reverse trains a model on reversed histories, so that it predicts the item before a history.
 2. With this model as --generator, each short history gets generated items in front: pseudo-prior items.
-3. The weights of the same model are trained forwards, on the filled histories.
+3. Training goes on forwards, on the filled histories, from the weights of the generator (--start).
 
 The generator reads training items only. In the published code, it also reads the validation and the test
 item, right before it generates (--order published). The script prints how often the first generated item
-occurs in a training history together with the test item: this shows how much it knows of the test item.
+occurs in a training history together with the user's test item. Compare both orders to see the leak.
+A generated item can be the test item by chance; evaluate.py --inputs ranks it nevertheless.
 
     python sasrec_teacher.py data/ml-100k.txt --epochs 0 --out runs/untrained.pt2
     python related/asrep.py data/ml-100k.txt --start runs/untrained.pt2 --reverse --out runs/backward.pt2
@@ -55,7 +56,7 @@ def reversed_histories(data):
 
 
 def generator_input(data, user, order):
-    """What the generator reads of the history of `user`, an index: its training items, newest first.
+    """The generator's input for one user: the training items, newest first. `user` is an index into user_ids.
 
     With the order `published`, the validation and then the test item follow.
     """
@@ -66,13 +67,13 @@ def generator_input(data, user, order):
 
 @torch.no_grad()
 def prior_items(model, ids, histories, k, catalogue, max_length, device):
-    """`k` items before each history, the latest of them first: [B, k].
+    """`k` items before each history, in the order of generation, so the nearest to the history first: [B, k].
 
     Each is the item of the `catalogue` with the best score that is neither in the history nor generated yet.
     `model` was trained backwards; ids [B]; `histories` are B arrays of items, newest first.
     """
     lengths = np.array([len(history) for history in histories])
-    table = np.zeros((len(histories), lengths.max() + k), np.int64)  # a history and its items a row
+    table = np.zeros((len(histories), lengths.max() + k), np.int64)  # a row is a history and its new items
     for row, history in zip(table, histories, strict=True):
         row[: len(history)] = history
     first = np.arange(len(table)) * table.shape[1]  # index of each row in table.ravel()
@@ -88,14 +89,14 @@ def prior_items(model, ids, histories, k, catalogue, max_length, device):
 
 
 def generate(model, data, max_length, args):
-    """The pseudo-prior items of each user, the latest first: a list of arrays, empty for long histories.
+    """The pseudo-prior items of each user, in the order of generation: arrays, empty for long histories.
 
-    A history of n < --fill training items gets --fill - n items. A user who is not evaluated gets none,
-    because the filled data would evaluate this user.
+    A history of n < --fill training items gets --fill - n items. A user with less than three items gets none:
+    with more items, evaluate.py would evaluate this user.
     """
     missing = np.where(data.evaluated, args.fill - (data.train_end - data.starts[:-1]), 0)
     prior = [data.items[:0] for _ in missing]
-    for k in np.unique(missing[missing > 0]):  # users who miss equally many, 256 at a time
+    for k in np.unique(missing[missing > 0]):  # users who need equally many items, 256 at a time
         users = np.flatnonzero(missing == k)
         for part in np.array_split(users, math.ceil(len(users) / 256)):
             histories = [generator_input(data, user, args.order) for user in part]
@@ -115,11 +116,11 @@ def filled_histories(data, prior):
     return data._replace(items=items, starts=starts, train_end=starts[1:] - 2 * data.evaluated)
 
 
-def known_of_test_items(data, prior):
-    """How often the first generated item stands in a training history together with another item: shares.
+def co_occurrence_of_first_item(data, prior):
+    """Shares of users whose first generated item occurs together with another item in a training history.
 
-    The shares are over the users with generated items. The other item is the user's test item, newest or
-    oldest training item, or the test item of another user.
+    Users without generated items do not count. The other item is the user's test item, newest or oldest
+    training item, or the test item of another user.
     """
     user = np.repeat(np.arange(len(data.user_ids)), np.diff(data.starts))
     in_training = np.arange(len(data.items)) < data.train_end[user]
@@ -195,9 +196,9 @@ def train(args):
         prior = generate(generator, data, generator_config["max_length"], args)
         training_data = filled_histories(data, prior)
         if num_filled := sum(len(items) > 0 for items in prior):
-            print(f"{num_filled:,} histories filled with {sum(map(len, prior)):,} items. The first of each")
-            print("occurs in a training history together with its user's")
-            for name, share in known_of_test_items(data, prior).items():
+            print(f"{num_filled:,} histories filled with {sum(map(len, prior)):,} items")
+            print("share of users whose first generated item occurs in a training history together with the")
+            for name, share in co_occurrence_of_first_item(data, prior).items():
                 print(f"{100 * share:6.1f} %  {name}")
     histories = training_rows(training_data, config["max_length"])
     unseen, rng = UnseenItems(training_data), np.random.default_rng(args.seed)
@@ -208,7 +209,7 @@ def train(args):
         ids, inputs, real, target = batch_of(training_data, histories, batch, args.device)
         _, output, item_vectors = model(ids, inputs)
         if args.loss == "bce":
-            users = histories.users[batch][:, None].repeat(inputs.shape[1], 1)[real.numpy()]  # [N]
+            users = np.repeat(histories.users[batch], real.sum(1))  # [N]
             negatives = torch.from_numpy(unseen.draw(users[:, None], rng)).to(args.device)  # [N, 1]
             loss = bce_loss(output[real], item_vectors, target, negatives)
         else:
@@ -463,8 +464,8 @@ def main(argv=None):
     add("--reverse", action="store_true", help="train on reversed histories: this makes a generator")
     add("--generator", help="model file of a run with --reverse; without it, histories stay as they are")
     add("--fill", type=count, default=18, help="M: shorter training histories are filled up to M items")
-    add("--order", choices=["clean", "published"], default="clean", help="published: knows the test items")
-    add("--loss", choices=["ce", "bce"], default="ce", help="bce: the paper's, 1 negative; ce: softmax")
+    add("--order", choices=["clean", "published"], default="clean", help="published leaks the test items")
+    add("--loss", choices=["ce", "bce"], default="ce", help="bce: as in the paper, 1 negative; ce: softmax")
     add("--learning-rate", type=number(float, 0), default=1e-3, help="of AdamW; falls to 0")
     add("--batch-size", type=count, default=128, help="users a step")
     add("--epochs", type=number(int, 0), default=30, help="passes over all users")
@@ -476,8 +477,8 @@ def main(argv=None):
     if args.reverse and args.generator:
         parser.error("--reverse makes a generator, so it takes no --generator")
     try:
-        outputs = [args.out, Path(args.out).with_suffix(".txt")]
-        refuse_to_overwrite(outputs[: 1 + bool(args.generator)], [args.data, args.start, args.generator])
+        outputs = [args.out, *[Path(args.out).with_suffix(".txt")] * bool(args.generator)]
+        refuse_to_overwrite(outputs, [args.data, args.start, args.generator])
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, in case this fails
         train(args)
     except (OSError, KeyboardInterrupt) as error:  # a file that cannot be read or written, or Ctrl-C

@@ -1,4 +1,4 @@
-"""DT4SR: items and histories are Gaussians. The score of an item is the distance of the two.
+"""DT4SR: items and histories are Gaussians. The nearer an item is to the history, the higher is its score.
 
 Fan, Liu, Zheng, Wang and Yu, "Modeling Sequences as Distributions with Uncertainty for Sequential
 Recommendation", CIKM 2021, arXiv 2106.06165.
@@ -9,13 +9,14 @@ nearest item, by the 2-Wasserstein distance, is recommended first:
 
     W_2^2 = |mu_t - mu_i|^2 + |sqrt(sigma_t) - sqrt(sigma_i)|^2
 
-The loss of the paper is BPR with one negative; --loss ce is a softmax over all items. Up to a term of t
-alone, -W_2^2 is a product of two vectors. So OUT is a model file like any other, and emd_distill.py can train
-it. --score dot takes the product mu_t . mu_i + sigma_t . sigma_i instead, for comparison.
+The loss of the paper is BPR with one negative; --loss ce is a softmax over all items. Up to a term that
+depends on t only, -W_2^2 is a product of two vectors. So OUT is a model file like any other. --score dot
+takes the product mu_t . mu_i + sigma_t . sigma_i instead, for comparison.
 
 Reads   interactions, `user item` a row (data/README.md).
 Writes  OUT, the model of the last epoch (README.md, "The model file").
-Shapes  B users, T positions, N real positions, d features, V items, L blocks. Item 0 is padding.
+Shapes  B users, T positions, N real positions, d features, e features of an output, V items, L blocks. Item
+        0 is padding.
 
     python related/dt4sr.py data/ml-100k.txt --out runs/dt4sr.pt2
 """
@@ -45,7 +46,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def positive(x):
-    """sigma = ELU(x) + 1, the diagonal of a covariance. Below 0 this is e^x, which does not round to 0."""
+    """sigma = ELU(x) + 1, the diagonal of a covariance. Below 0: e^x, as (e^x - 1) + 1 would round to 0."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
@@ -62,17 +63,17 @@ def item_vector(mu, sigma):
     return torch.cat([mu, sigma.sqrt(), -(mu.square() + sigma).sum(-1, keepdim=True)], -1)
 
 
-def both_vectors(mu, sigma):
-    """[mu, sigma]: mu, sigma [..., d] -> [..., 2d], of a history or an item, where the score is a product."""
+def mean_and_covariance(mu, sigma):
+    """[mu, sigma]: mu, sigma [..., d] -> [..., 2d], of a history or an item, for the score `dot`."""
     return torch.cat([mu, sigma], -1)
 
 
 # Each entry makes the vectors of a history and of an item, whose product is the score.
-SCORES = {"wasserstein": (history_vector, item_vector), "dot": (both_vectors, both_vectors)}
+SCORES = {"wasserstein": (history_vector, item_vector), "dot": (mean_and_covariance, mean_and_covariance)}
 
 
 def next_item_bpr_loss(output, item_vectors, target, negative):
-    """L_BPR = mean of -log sigma(z_target - z_negative), where the term of t alone cancels.
+    """L_BPR = mean of -log sigmoid(score of target - score of negative). The term of t only cancels.
 
     output [N, e], item_vectors [V+1, e]; target and negative [N], items.
     """
@@ -100,14 +101,14 @@ class Block(nn.Module):
         self.epsilon = nn.Parameter(torch.zeros(2)) if scaled else None  # of attention, feed-forward
 
     def attention(self, x):
-        """softmax(Q K^T / sqrt(d / heads)) V. Position t attends to positions up to t (section III-B)."""
+        """softmax(Q K^T / sqrt(d / heads)) V. Position t attends up to t (SASRec, section III-B)."""
         per_head = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, d/heads]
         q, k, v = per_head.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d/heads]
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.projection(attended.transpose(1, 2).flatten(2))  # [B, T, d]
 
     def feed_forward(self, x):
-        """ReLU(x W_1 + b_1) W_2 + b_2 (section III-B)."""
+        """ReLU(x W_1 + b_1) W_2 + b_2 (SASRec, section III-B)."""
         return self.W_2(F.relu(self.W_1(x)))
 
     def forward(self, x):
@@ -139,8 +140,8 @@ class DT4SR(nn.Module):
     def forward(self, users, items):
         """users [B], items [B, T] -> hidden [L+1, B, T, 2d], output [B, T, e], item_vectors [V+1, e].
 
-        e is 2d + 1, or 2d with the score `dot`. A hidden state is the state of the means beside the state of
-        the covariances.
+        e is 2d + 1, or 2d with the score `dot`. A hidden state is that of the means and that of the
+        covariances, concatenated.
         """
         scale = math.sqrt(self.M[0].embedding_dim)
         embeddings = zip(self.M, self.P, strict=True)
@@ -191,8 +192,8 @@ def train(args):
     torch.manual_seed(args.seed)
     data = read_interactions(args.data)
     num_items = int(data.items.max())
-    shape = args.max_length, args.dim, args.blocks, args.heads, args.dropout
-    model = DT4SR(num_items, *shape, args.score)
+    sizes = args.max_length, args.dim, args.blocks, args.heads
+    model = DT4SR(num_items, *sizes, args.dropout, args.score)
     program = export(model, args.max_length)
     model.to(args.device).train()
     histories = training_rows(data, args.max_length)
@@ -203,7 +204,7 @@ def train(args):
         ids, inputs, real, target = batch_of(data, histories, batch, args.device)
         _, output, item_vectors = model(ids, inputs)
         if args.loss == "bpr":
-            users = histories.users[batch][:, None].repeat(inputs.shape[1], 1)[real.numpy()]  # [N]
+            users = np.repeat(histories.users[batch], real.sum(1))  # [N]
             negative = torch.from_numpy(unseen.draw(users, rng)).to(args.device)
             loss = next_item_bpr_loss(output[real], item_vectors, target, negative)
         else:
@@ -398,12 +399,12 @@ def main(argv=None):
     add("data", help="interactions, `user item` a row: .txt or .npy (data/README.md)")
     add("--out", required=True, help="model file to write, such as runs/dt4sr.pt2")
     add("--dim", type=count, default=64, help="d: size of a mean, and of a covariance")
-    add("--blocks", type=count, default=2, help="L; from 4 blocks on, residuals have an epsilon")
+    add("--blocks", type=count, default=2, help="L; from 4 on, each branch has a learned scale, epsilon")
     add("--heads", type=count, default=1, help="attention heads; must divide --dim")
     add("--max-length", type=number(int, 2), default=50, help="most recent items that the model sees")
     add("--dropout", type=number(float, 0, 1), default=0.2, help="probability that training drops a unit")
     add("--score", choices=SCORES, default="wasserstein", help="dot: a product, not a distance")
-    add("--loss", choices=["bpr", "ce"], default="bpr", help="bpr: the paper's, 1 negative; ce: softmax")
+    add("--loss", choices=["bpr", "ce"], default="bpr", help="bpr: as in the paper, 1 negative; ce: softmax")
     add("--learning-rate", type=number(float, 0), default=1e-3, help="of AdamW; falls to 0")
     add("--batch-size", type=count, default=128, help="users a step")
     add("--epochs", type=number(int, 0), default=30, help="passes over all users; 0: an untrained model")

@@ -1,19 +1,20 @@
-"""RRD: a student learns the order of its teacher's best items, relaxed ranking distillation.
+"""RRD, relaxed ranking distillation: a student learns the order of its teacher's best items.
 
 Kang, Hwang, Kweon and Yu, "DE-RRD: A Knowledge Distillation Framework for Recommender System", CIKM 2020,
-arXiv 2012.04357. AdaRec and Bidirectional Distillation name ranking distillation as the competitor.
+arXiv 2012.04357. This is RRD, not DE, the other half of the paper.
 
-For each history, K interesting items are drawn from the teacher's best ones, and L uninteresting items from
-the rest. The student learns that the interesting items come first, in the teacher's order. The order of the
-uninteresting ones does not matter. z_k is the student's score of interesting item k, z_l of an uninteresting
-item l:
+For each history, K interesting items are drawn, mostly among the teacher's best ones. Then, uninteresting
+items are drawn uniformly among those that are left. Neither list has an item that the history contains. The
+student learns that the interesting items come first, in the teacher's order. The order of the uninteresting
+ones does not matter. z_k is the student's score of interesting item k, z_l that of an uninteresting item l:
 
-    L = L_CE + lambda L_RRD
-    L_RRD = - mean over histories of sum_{k=1..K} log( exp(z_k) / (sum_{j=k..K} exp(z_j) + sum_l exp(z_l)) )
+    loss = L_CE + lambda L_RRD
+    L_RRD = - mean over lists of sum_{k=1..K} log( exp(z_k) / (sum_{j=k..K} exp(z_j) + sum_l exp(z_l)) )
 
-The paper has one list per user. A sequence model has a list after each position. Here, a step uses one
-position of each history, drawn at random, so all positions teach in the course of the epochs. L_CE is a
-softmax over all items, also for the files of bidirectional_distill.py --base bpr and cdae.
+The paper has one list per user. A sequence model could have a list after each position. Here, each step draws
+one position of each history. This is as cheap as one list per user, and more positions teach. As in L_CE, a
+batch counts by its number of positions. L_CE is a softmax over all items, also for the files of
+bidirectional_distill.py --base bpr and cdae.
 
     python related/ranking_distill.py data/ml-100k.txt --teacher runs/four.pt2 --student runs/two.pt2 \
         --out runs/ranking.pt2
@@ -21,7 +22,7 @@ softmax over all items, also for the files of bidirectional_distill.py --base bp
 Reads   interactions, `user item` a row (data/README.md); a student and its teacher (README.md, "The model
         file").
 Writes  OUT, the student of the last epoch.
-Shapes  B users, T positions, N real positions, V items, K interesting and L uninteresting items. Item 0 is
+Shapes  B users, T positions, N real positions, V items, K interesting and M uninteresting items. Item 0 is
         padding.
 """
 
@@ -51,41 +52,42 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def rrd_loss(z_interesting, z_uninteresting):
-    """L_RRD: z_interesting [B, K] in the teacher's order, best first; z_uninteresting [B, L].
+    """L_RRD: z_interesting [B, K] in the teacher's order, best first; z_uninteresting [B, M].
 
-    Each term compares an interesting item with itself, with those below it, and with all uninteresting ones.
+    Each term compares an interesting item with itself, with the interesting items that are ranked below it,
+    and with all uninteresting ones.
     """
     from_k_on = z_interesting.flip(1).logcumsumexp(1).flip(1)  # [B, K]: log sum_{j=k..K} exp(z_j)
-    below = z_uninteresting.logsumexp(1, keepdim=True)  # [B, 1]
-    return (torch.logaddexp(from_k_on, below) - z_interesting).sum(1).mean()
+    uninteresting = z_uninteresting.logsumexp(1, keepdim=True)  # [B, 1]
+    return (torch.logaddexp(from_k_on, uninteresting) - z_interesting).sum(1).mean()
 
 
 # ---- The items (section 4.2) -----------------------------------------------------------------------------
 
 
 def draw_interesting(scores, K, temperature):
-    """K different items [B, K] of each row, best first. The item of rank r has p ~ exp(-r / temperature).
+    """K different items [B, K] of each row, best first. p of rank r is proportional to exp(-r / temperature).
 
     scores [B, V+1] of the teacher; -inf for an item that must not be drawn.
     """
-    # a worse item than these has a relative probability below 1e-13
+    # one of the K best is always left, and an item 30 temperatures below it is e^-30 < 1e-13 times as likely
     num_best = min(scores.shape[1], K + math.ceil(30 * temperature))
     best = scores.topk(num_best).indices  # sorted, best first
     log_p = -torch.arange(num_best, device=scores.device) / temperature
     log_p = log_p.masked_fill(scores.gather(1, best) == -math.inf, -math.inf)
     # the K largest of log p + Gumbel noise are drawn without replacement, with probabilities p
     gumbel = -torch.empty_like(log_p).exponential_().log()
-    places = (log_p + gumbel).topk(K).indices.sort().values
-    return best.gather(1, places)
+    ranks = (log_p + gumbel).topk(K).indices.sort().values
+    return best.gather(1, ranks)
 
 
-def draw_uninteresting(scores, interesting, L):
-    """L different items [B, L] of each row, uniformly among the items that are not `interesting` [B, K].
+def draw_uninteresting(scores, interesting, M):
+    """M different items [B, M] of each row, uniformly among the items that are not `interesting` [B, K].
 
     Items with the score -inf are not drawn either.
     """
     p = (scores > -math.inf).float().scatter(1, interesting, 0.0)
-    return p.multinomial(L)
+    return p.multinomial(M)
 
 
 # ---- Training --------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def train(args):
     if config_T["max_length"] < config["max_length"] or config_T["items"] != config["items"]:
         sys.exit("a teacher must read {max_length} items and be for {items} items".format(**config))
     if args.interesting + args.uninteresting + config["max_length"] > len(data.catalogue):
-        sys.exit(f"{args.data} has {len(data.catalogue)} items: too few for K and L and a history")
+        sys.exit(f"{args.data} has {len(data.catalogue)} items: too few for K and M and a history")
     student, teacher = with_dropout(student, True), teacher.requires_grad_(False)
     histories = training_rows(data, config["max_length"])
     never = np.setdiff1d(np.arange(config["items"] + 1), data.catalogue)  # padding and items that never occur
@@ -124,7 +126,7 @@ def train(args):
         return l_ce + args.weight * l_rrd, {"L_CE": l_ce, "L_RRD": l_rrd}
 
     follow(loss_of, [*student.parameters()], histories, args)
-    args.base = config.get("settings", {}).get("base", "sequence")  # stage 4 asks for it
+    args.base = config.get("settings", {}).get("base", "sequence")  # bidirectional_distill.py asks for it
     write_student(args, data, program, student, config)
 
 
@@ -345,8 +347,8 @@ def main(argv=None):
     add("--student", required=True, help="model file to train")
     add("--out", required=True, help="model file to write, such as runs/ranking.pt2")
     add("--interesting", type=count, default=40, help="K: items of a list that the teacher ranks high")
-    add("--uninteresting", type=count, default=40, help="L: items of a list from the rest")
-    add("--temperature", type=number(float, 1e-3), default=10.0, help="of the draw: higher draws lower ranks")
+    add("--uninteresting", type=count, default=40, help="M: items of a list from the rest")
+    add("--temperature", type=number(float, 1e-3), default=10.0, help="in ranks; higher: worse items, too")
     add("--weight", type=number(float, 0), default=0.02, help="lambda; 0: L_CE alone")
     add("--learning-rate", type=number(float, 0), default=5e-3, help="of AdamW; falls to 0")
     add("--batch-size", type=count, default=32, help="users a step")

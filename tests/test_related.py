@@ -114,7 +114,7 @@ REFUSED = [
     (asrep, "--start T-other.pt2", "it was trained on other data"),
     (asrep, "--start sum-29.pt2", "is no model file for these data"),
     (asrep, "--out new/out.txt", "--out must end in .pt2"),
-    (ranking_distill, "--interesting 20", "too few for K and L and a history"),
+    (ranking_distill, "--interesting 20", "too few for K and M and a history"),
     (ranking_distill, "--student gru-2-9.pt2", "must read 9 items"),
     *(
         (dt4sr, word, word[:5])
@@ -214,7 +214,7 @@ def test_what_generated_items_know_by_hand(write_data):
     data = evaluate.read_interactions(write_data(histories))
     # training pairs: 1 2 3, 6 2 7, 6 5 1, 7 9. The first generated items of users 1 to 3 are 6, 9, 7
     prior = [np.array([6, 8]), np.array([9]), np.array([7]), np.array([], int)]
-    shares = asrep.known_of_test_items(data, prior)
+    shares = asrep.co_occurrence_of_first_item(data, prior)
     # together are 6 and 5, 9 and 9, 7 and 2; of 6 and 3, 9 and 7, 7 and 1 the second; and so on
     by_hand = {"test item": 3, "newest training item": 1, "oldest training item": 2}
     by_hand["test item of another user"] = 2

@@ -130,10 +130,10 @@ def serving():
 
 
 def random_runs(data):
-    """Validation NDCG@10 of the random architectures of a data set [k, 2 seeds], and their edges."""
+    """NDCG@10 of the random architectures of a data set [k, 2 seeds], and their edges."""
     found = [seeds("students", f"{data}-random{k}", 2) for k in range(12)]
     found = [runs for runs in found if len(runs) == 2]
-    return np.array([[run["valid"] for run in runs] for runs in found]), [runs[0]["edges"] for runs in found]
+    return np.array([[run["NDCG@10"] for run in runs] for runs in found]), [runs[0]["edges"] for runs in found]
 
 
 def alpha_score(data, edges):
@@ -158,12 +158,12 @@ def architectures():
     rows |= {name: [] for name in ("better than", "rank correlation with alpha of the search (p)")}
     rows |= {"rank correlation with validation in the supernet (p)": []}
     for data in SETS:
-        valid, edges = random_runs(data)
-        if len(valid) < 3:
+        ndcg, edges = random_runs(data)
+        if len(ndcg) < 3:
             column = [MISSING] * len(rows)
         else:
-            own = values("students", f"{data}-from-with", "valid", 2)
-            mean, noise = valid.mean(1), np.sqrt(valid.var(1, ddof=1).mean())
+            own = values("students", f"{data}-from-with", number=2)
+            mean, noise = ndcg.mean(1), np.sqrt(ndcg.var(1, ddof=1).mean())
             alpha, shared = [alpha_score(data, one) for one in edges], figures("students", f"{data}-supernet")
             judges = [alpha, [shared["valid"][one] for one in edges]] if shared else [alpha]
             rhos = [stats.spearmanr(judge, mean) for judge in judges]
@@ -172,7 +172,7 @@ def architectures():
             column += [*(f"{rho:.2f} ({p:.2f})" for rho, p in rhos), "–"]
         for cells, cell in zip(rows.values(), column, strict=False):
             cells.append(cell)
-    head = ["validation NDCG@10, alone, 6 epochs", *SETS.values()]
+    head = ["NDCG@10, alone, 6 epochs", *SETS.values()]
     return table(head, [[name, *cells] for name, cells in rows.items()])
 
 

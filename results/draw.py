@@ -133,7 +133,8 @@ def random_runs(data):
     """NDCG@10 of the random architectures of a data set [k, 2 seeds], and their edges."""
     found = [seeds("students", f"{data}-random{k}", 2) for k in range(12)]
     found = [runs for runs in found if len(runs) == 2]
-    return np.array([[run["NDCG@10"] for run in runs] for runs in found]), [runs[0]["edges"] for runs in found]
+    ndcg = np.array([[run["NDCG@10"] for run in runs] for runs in found])
+    return ndcg, [runs[0]["edges"] for runs in found]
 
 
 def alpha_score(data, edges):

@@ -22,6 +22,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import chisquare
 
 import adarec_search
+import bidirectional_distill
 import emd_distill
 import evaluate
 import sasrec_teacher
@@ -38,6 +39,14 @@ WORDS |= {asrep: "--start S.pt2 --out new/out.pt2", dt4sr: "--out new/out.pt2", 
 two, three, four, six = (
     pytest.mark.parametrize("module", group, ids=lambda m: m.__name__) for group in (TWO, THREE, FOUR, SIX)
 )
+
+
+class Taste(torch.nn.Embedding):
+    """Scores depend on the user and on the sum over the history."""
+
+    def forward(self, users, items):
+        output = self.weight[items].cumsum(1) + 9 * self.weight[users % len(self.weight)][:, None]
+        return output[None], output, torch.eye(len(self.weight))
 
 
 class Sum(torch.nn.Embedding):
@@ -168,7 +177,8 @@ def test_equal_histories_are_no_two_domains(write_data):
 
 
 def test_short_histories_are_filled_and_know_no_test_item(write_data):
-    generator = load("G.pt2")[0]
+    torch.manual_seed(0)
+    generator = Taste(31, 31)
 
     def filled(histories, order):
         data = evaluate.read_interactions(write_data(histories))
@@ -210,10 +220,10 @@ def test_what_the_generator_reads(write_data):
 
 
 def test_what_generated_items_know_by_hand(write_data):
-    histories = {1: [1, 2, 3, 4, 5], 2: [6, 2, 7, 8, 9], 3: [6, 5, 1, 3, 2], 4: [7, 9]}
+    histories = {1: [1, 2, 3, 4, 5], 2: [6, 2, 7, 8, 9], 3: [6, 5, 1, 3, 2], 4: [7, 9], 5: [4, 3, 1]}
     data = evaluate.read_interactions(write_data(histories))
-    # training pairs: 1 2 3, 6 2 7, 6 5 1, 7 9. The first generated items of users 1 to 3 are 6, 9, 7
-    prior = [np.array([6, 8]), np.array([9]), np.array([7]), np.array([], int)]
+    # training histories: 1 2 3, 6 2 7, 6 5 1, 7 9, 4. The first generated items of users 1 to 3 are 6, 9, 7
+    prior = [np.array([6, 8]), np.array([9]), np.array([7]), *[np.array([], int)] * 2]
     shares = asrep.co_occurrence_of_first_item(data, prior)
     # together are 6 and 5, 9 and 9, 7 and 2; of 6 and 3, 9 and 7, 7 and 1 the second; and so on
     by_hand = {"test item": 3, "newest training item": 1, "oldest training item": 2}
@@ -222,10 +232,17 @@ def test_what_generated_items_know_by_hand(write_data):
 
 
 def test_asrep_from_beginning_to_end(capsys):
-    starts = "--start S.pt2", "--start G.pt2", "--start G.pt2 --generator G.pt2 --fill 5"
+    starts = "--start S.pt2", "--start G.pt2", "--start G.pt2 --generator G.pt2 --fill 7"
     for n, start in enumerate(starts):
         run(asrep, "data.txt", start, f"--epochs 2 --learning-rate 0.02 --out {n}.pt2")
-    assert load("2.pt2")[1]["stage"] == "asrep" and load("2.pt2")[1]["settings"]["fill"] == 5
+    assert load("2.pt2")[1]["stage"] == "asrep" and load("2.pt2")[1]["settings"]["fill"] == 7
+    data = evaluate.read_interactions("data.txt")
+    prior = asrep.generate(load("G.pt2")[0], data, 5, Namespace(fill=7, order="clean", device="cpu"))
+    filled = asrep.filled_histories(data, prior)
+    assert np.loadtxt("2.txt", int)[:, 1].tolist() == filled.items.tolist()
+    shown = capsys.readouterr().out
+    for name, share in asrep.co_occurrence_of_first_item(data, prior).items():
+        assert f"{100 * share:6.1f} %  {name}\n" in shown
     assert len({Path(f"{n}.pt2").read_bytes() for n in range(3)}) == 3 and not Path("1.txt").exists()
     run(emd_distill, "data.txt --student 2.pt2 --epochs 1 --out on.pt2")
     capsys.readouterr()
@@ -234,7 +251,7 @@ def test_asrep_from_beginning_to_end(capsys):
         run(evaluate, "data.txt 2.pt2 --json --ranks ranks.npy", inputs)
         assert json.loads(capsys.readouterr().out)[0]["users"] == len(evaluated)
         ranks.append(np.load("ranks.npy")[:, 0])
-    long = np.array([len(HISTORIES[user]) - 2 >= 5 for user in evaluated])
+    long = np.array([len(HISTORIES[user]) - 2 >= 7 for user in evaluated])
     assert (ranks[0] == ranks[2]).all() and (ranks[0] == ranks[1])[long].all()
     assert (ranks[0] != ranks[1])[~long].any()
     # a generated item may be ranked: the model reads the longer history, but only the real one is left out
@@ -262,22 +279,29 @@ def test_losses_with_one_negative_by_hand():
     assert l_bce == pytest.approx((softplus(-z_i) + softplus(z_j)).mean())
 
 
-@pytest.mark.parametrize("module", [asrep, dt4sr], ids=lambda module: module.__name__)
-@pytest.mark.parametrize("loss", ["ce", "one negative"])
-def test_the_loss_of_a_batch(module, loss, monkeypatch):
+BATCHES = [
+    (dt4sr, "bpr", "--dropout 0 --max-length 5 --dim 4"),
+    (dt4sr, "ce", "--dropout 0 --max-length 5 --dim 4"),
+]
+BATCHES += [(asrep, loss, "--start S.pt2") for loss in ("bce", "ce")]
+BATCHES += [(asrep, "bce", f"--start S.pt2 {more}") for more in ("--reverse", "--generator G.pt2 --fill 4")]
+
+
+@pytest.mark.parametrize("module, loss, more", BATCHES)
+def test_the_loss_of_a_batch(module, loss, more, monkeypatch):
     """Each position has its target, and a negative that its own user has not seen. Lengths are unlike."""
     result, drawn, draw = [], [], module.UnseenItems.draw
     monkeypatch.setattr(module, "with_dropout", lambda part, on: part)
     monkeypatch.setattr(module, "follow", lambda *given: result.extend(given))
     monkeypatch.setattr(module.UnseenItems, "draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
-    if module is asrep:
-        run(asrep, "data.txt --start S.pt2 --out out.pt2 --loss", loss.replace("one negative", "bce"))
-    else:
-        more = "--dropout 0 --max-length 5 --dim 4 --out out.pt2 --loss"
-        run(dt4sr, "data.txt", more, loss.replace("one negative", "bpr"))
+    run(module, "data.txt --out out.pt2", more, "--loss", loss)
     model = load("out.pt2")[0]  # `follow` has left the weights as they were
+    assert module is dt4sr or all(equal_weights(model, load("S.pt2")[0]))
     value, values = result[0](np.arange(10))[0].item(), []
-    train = {u: history[:-2] if len(history) > 2 else history for u, history in HISTORIES.items()}
+    histories = read_rows("out.txt") if "--generator" in more else HISTORIES
+    train = {u: history[:-2] if len(history) > 2 else history for u, history in histories.items()}
+    if "--reverse" in more:
+        train = {user: history[::-1] for user, history in train.items()}
     users = [user for user in train if len(train[user]) > 1][:10]
     negatives = iter(np.ravel(drawn).tolist())
     for user in users:
@@ -315,6 +339,38 @@ def test_scores_are_distances_of_gaussians_with_positive_covariances():
     torch.testing.assert_close(sigma, torch.nn.functional.elu(x.double()).float() + 1, rtol=1e-5, atol=1e-7)
     sigma.sqrt().sum().backward()
     assert (sigma > 0).all() and x.grad.isfinite().all() and (x.grad > 0).all()
+
+
+@pytest.mark.parametrize("score", dt4sr.SCORES)
+def test_dt4sr_is_two_towers_and_its_score_by_hand(score):
+    torch.manual_seed(0)
+    model = dt4sr.DT4SR(30, 9, 6, 2, 2, 0.5, score).double().eval()
+    for weight in model.parameters():
+        weight.data += 0.3 * torch.randn_like(weight)
+    items, towers = torch.randint(1, 31, (4, 9)), []
+    for tower in (0, 1):
+        state = 6**0.5 * model.M[tower].weight[items] + model.P[tower]
+        for pair in model.blocks:
+            state = pair[tower](state)
+        towers.append((model.norm[tower](state), model.M[tower].weight))
+    (mu_t, mu_i), (sigma_t, sigma_i) = towers
+    sigma_t, sigma_i = (torch.nn.functional.elu(x) + 1 for x in (sigma_t, sigma_i))
+    _, output, vectors = model(torch.ones(4, dtype=int), items)
+    z = output @ vectors.T
+    if score == "dot":
+        expected = mu_t @ mu_i.T + sigma_t @ sigma_i.T
+    else:
+        gaps = [a[..., None, :] - b for a, b in ((mu_t, mu_i), (sigma_t.sqrt(), sigma_i.sqrt()))]
+        expected = -sum(gap.square().sum(-1) for gap in gaps)
+        z, expected = (x - x[..., :1] for x in (z, expected))  # but for a term that depends on t only
+    torch.testing.assert_close(z, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_dropout_is_on_while_dt4sr_trains(monkeypatch):
+    result = []
+    monkeypatch.setattr(dt4sr, "follow", lambda *given: result.extend(given))
+    run(dt4sr, "data.txt --loss ce --dropout 0.9 --out out.pt2")
+    assert result[0](np.arange(10))[0].item() != result[0](np.arange(10))[0].item()
 
 
 @pytest.mark.parametrize("score, size", [("wasserstein", 13), ("dot", 12)])
@@ -378,10 +434,14 @@ def test_rrd_of_a_batch_by_hand(monkeypatch):
     """Each list is after a position that was drawn. It has no item that was read by then or never occurs."""
     result, calls, positions = [], [], set()
     draw, rrd_loss = ranking_distill.draw_interesting, ranking_distill.rrd_loss
+    draw_rest = ranking_distill.draw_uninteresting
     monkeypatch.setattr(ranking_distill, "with_dropout", lambda part, on: part)
     monkeypatch.setattr(ranking_distill, "follow", lambda *given: result.extend(given))
     monkeypatch.setattr(
         ranking_distill, "draw_interesting", lambda *a: calls.append([a[0], draw(*a)]) or calls[-1][1]
+    )
+    monkeypatch.setattr(
+        ranking_distill, "draw_uninteresting", lambda *a: calls[-1].append(draw_rest(*a)) or calls[-1][-1]
     )
     monkeypatch.setattr(ranking_distill, "rrd_loss", lambda *z: calls[-1].extend(z) or rrd_loss(*z))
     run(ranking_distill, "data.txt", WORDS[ranking_distill], "--weight 0.5")
@@ -389,10 +449,13 @@ def test_rrd_of_a_batch_by_hand(monkeypatch):
     never = {*range(31)} - {item for history in HISTORIES.values() for item in history}
     train = {u: history[:-2] if len(history) > 2 else history for u, history in HISTORIES.items()}
     windows = [train[user][-6:-1] for user in train if len(train[user]) > 1]
+    last = [history[-1] for history in train.values() if len(history) > 1]
     for _ in range(20):
         loss, terms = result[0](np.arange(10))
         assert loss.item() == pytest.approx(terms["L_CE"].item() + 0.5 * terms["L_RRD"].item(), rel=1e-6)
-        scores, interesting, z, _ = calls[-1]
+        scores, interesting, rest, z, z_rest = calls[-1]
+        assert interesting.shape == (10, 5) and rest.shape == (10, 6) and terms["L_RRD"].requires_grad
+        l_ce = []
         for row, window in enumerate(windows[:10]):
             left_out = {*(scores[row] == -math.inf).nonzero()[:, 0].tolist()}
             (t,) = [t for t in range(len(window)) if left_out == never | {*window[: t + 1]}]
@@ -402,7 +465,23 @@ def test_rrd_of_a_batch_by_hand(monkeypatch):
             others = scores[row] > -math.inf
             torch.testing.assert_close(scores[row][others], z_T[others], rtol=0, atol=1e-5)
             torch.testing.assert_close(z[row], z_S[interesting[row]], rtol=0, atol=1e-5)
+            torch.testing.assert_close(z_rest[row], z_S[rest[row]], rtol=0, atol=1e-5)
+            assert not {*rest[row].tolist()} & left_out
+            z_all = of_both[1][1][0] @ of_both[1][2][1:].T
+            target = torch.tensor([*window[1:], last[row]])
+            l_ce.append(torch.nn.functional.cross_entropy(z_all, target - 1, reduction="none"))
+        assert terms["L_CE"].item() == pytest.approx(torch.cat(l_ce).mean().item(), rel=1e-5)
     assert positions == {(row, t) for row, window in enumerate(windows[:10]) for t in range(len(window))}
+
+
+def test_rrd_takes_models_of_stage_4(tmp_path):
+    run(bidirectional_distill, "data.txt --base bpr --warm-up 2 --epochs 0 --dims 6 3 --out b")
+    given = "--teacher b-teacher.pt2 --student b-student.pt2 --interesting 3 --uninteresting 3 --epochs 2"
+    run(ranking_distill, "data.txt", given, "--out b-new.pt2")
+    assert load("b-new.pt2")[1]["settings"]["base"] == "bpr"
+    assert not all(equal_weights(load("b-new.pt2")[0], load("b-student.pt2")[0]))
+    more = "--base bpr --teacher b-teacher.pt2 --student b-new.pt2 --warm-up 0 --epochs 1 --out on"
+    run(bidirectional_distill, "data.txt", more)
 
 
 @six
@@ -432,7 +511,7 @@ def test_steps_are_adamw_and_each_position_counts_alike(module, capsys):
     assert printed("L_w", capsys) == [round(mean, 4) for mean in means]
 
 
-@four
+@pytest.mark.parametrize("module", [*FOUR, asrep], ids=lambda module: module.__name__)
 def test_dropout_is_on_in_the_student_only_and_off_in_its_file(module):
     for path in ("T.pt2", "S.pt2"):
         rewrite(path, path, training=True)
@@ -447,7 +526,7 @@ def test_dropout_is_on_in_the_student_only_and_off_in_its_file(module):
 
     with torch.nn.modules.module.register_module_forward_pre_hook(record):
         run(module, "data.txt", WORDS[module], "--epochs 1")
-    assert seen == {8: {False}, 4: {True}}
+    assert seen == {8: set() if module is asrep else {False}, 4: {True}}
     assert dropouts(torch.export.load("new/out.pt2").graph_module) == {False}
 
 

@@ -253,7 +253,6 @@ def test_asrep_from_beginning_to_end(capsys):
         ranks.append(np.load("ranks.npy")[:, 0])
     long = np.array([len(HISTORIES[user]) - 2 >= 7 for user in evaluated])
     assert (ranks[0] == ranks[2]).all() and (ranks[0] == ranks[1])[long].all()
-    assert (ranks[0] != ranks[1])[~long].any()
     # a generated item may be ranked: the model reads the longer history, but only the real one is left out
     history, (*seen, target) = read_rows("2.txt")[3], HISTORIES[3]
     _, output, item_vectors = load("2.pt2")[0](torch.tensor([3]), torch.tensor([history[:-1][-5:]]))

@@ -427,6 +427,8 @@ def neighbour(claim, names, baseline):
     """Published metrics, full ranking and short histories; p of full ranking against `baseline`."""
     rows = []
     for name, what in names.items():
+        if not seeds(claim, name):
+            continue
         columns = [spread(values(claim, name, key)) for key in (*SAMPLED, "NDCG@10", "NDCG@10 to 5")]
         p = p_value(ranks_of(claim, name), ranks_of(claim, baseline))
         rows.append([what, *columns, p])
@@ -445,6 +447,7 @@ def asrep():
 def known():
     """How often the first generated item occurs in a training history together with another item."""
     orders, rows = {"clean": "clean order", "published": "published order"}, []
+    made("asrep", "published-0")
     for key in made("asrep", "clean-0"):
         if key.startswith("together with "):
             cells = [f"{np.mean(values('asrep', name, key)):.1f} %" for name in orders]
@@ -454,13 +457,11 @@ def known():
 
 def dt4sr():
     """A product or a distance of Gaussians, under BPR and under a softmax."""
-    names = {"dot-bpr": "product, BPR", "wasserstein-bpr": "distance, BPR"}
-    names |= {"dot-ce": "product, softmax", "wasserstein-ce": "distance, softmax"}
-    rows = neighbour("dt4sr", names, "dot-bpr").splitlines()
-    p = p_value(ranks_of("dt4sr", "wasserstein-ce"), ranks_of("dt4sr", "dot-ce"))
-    rows[-2] = rows[-2].rsplit("|", 2)[0] + "|  |"
-    rows[-1] = rows[-1].rsplit("|", 2)[0] + f"| {p} |"
-    return "\n".join(rows)
+    halves = []
+    for loss, what in {"bpr": "BPR", "ce": "softmax"}.items():
+        names = {f"dot-{loss}": f"product, {what}", f"wasserstein-{loss}": f"distance, {what}"}
+        halves.append(neighbour("dt4sr", names, f"dot-{loss}").splitlines())
+    return "\n".join(halves[0] + halves[1][2:])  # without the second head
 
 
 def domains():

@@ -403,13 +403,10 @@ def deviations():
 
 def ways():
     """Ways to distil: one teacher, one untrained student, the same epochs."""
-    names = {
-        "alone": "no teacher",
-        "none": "scores and embeddings: L_pred, L_emb",
-        "last": "and the last layer",
-    }
-    names |= {"one-to-one": "and layers one-to-one", "emd": "and layers by EMD (AdaRec)"}
-    names |= {"statistics": "statistics of layers (AdaIN)", "dfa": "groups of layers (DFA)"}
+    names = {"alone": "no teacher", "none": "scores and embeddings: L_pred, L_emb"}
+    names |= {"last": "these and the last layer", "one-to-one": "these and layers one-to-one"}
+    names |= {"emd": "these and layers by EMD (AdaRec)", "dfa": "groups of layers, equal weights"}
+    names |= {"statistics": "statistics of layers (AdaIN)"}
     names |= {"rrd": "ranking distillation (RRD)"}
     rows, teacher = [], made("students", "beauty5-teacher")["NDCG@10"]
     for name, what in names.items():

@@ -317,6 +317,11 @@ def test_the_loss_of_a_batch(module, loss, more, monkeypatch):
             z_j = z[position, negative]
             values.append(softplus(z_j - z_i) if module is dt4sr else softplus(-z_i) + softplus(z_j))
     assert value == pytest.approx(np.mean(values), rel=1e-5) and not list(negatives)
+    for _ in range(0 if loss == "ce" else 20):
+        drawn.clear()
+        result[0](np.arange(10))
+        seen = [train[user] for user in users for _ in train[user][-6:-1]]
+        assert not any(item in known for item, known in zip(np.ravel(drawn).tolist(), seen, strict=True))
 
 
 def test_scores_are_distances_of_gaussians_with_positive_covariances():

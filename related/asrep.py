@@ -195,8 +195,9 @@ def train(args):
             sys.exit(f"{args.data} has {len(data.catalogue)} items: too few for --fill")
         prior = generate(generator, data, generator_config["max_length"], args)
         training_data = filled_histories(data, prior)
-        if num_filled := sum(len(items) > 0 for items in prior):
-            print(f"{num_filled:,} histories filled with {sum(map(len, prior)):,} items")
+        num_filled = sum(len(items) > 0 for items in prior)
+        print(f"{num_filled:,} histories filled with {sum(map(len, prior)):,} items")
+        if num_filled:
             print("share of users whose first generated item occurs in a training history together with the")
             for name, share in co_occurrence_of_first_item(data, prior).items():
                 print(f"{100 * share:6.1f} %  {name}")

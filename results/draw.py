@@ -68,7 +68,8 @@ def p_value(ranks, other, k=10):
     if not pairs or ranks == other:
         return ""
     gap = np.mean([one - two for one, two in pairs], 0)
-    return f"{stats.ttest_1samp(gap, 0).pvalue:.0e}" if gap.any() else "1"
+    p = stats.ttest_1samp(gap, 0).pvalue if gap.any() else 1
+    return f"{p:.0e}" if p < 0.01 else f"{p:.1g}"
 
 
 def ranks_of(claim, name, number=3):
@@ -130,11 +131,13 @@ def serving():
 
 
 def random_runs(data):
-    """NDCG@10 of the random architectures of a data set [k, 2 seeds], and their edges."""
+    """NDCG@10 of the random architectures of a data set [k, 2 seeds], and their edges.
+
+    An architecture that was drawn twice counts once.
+    """
     found = [seeds("students", f"{data}-random{k}", 2) for k in range(12)]
-    found = [runs for runs in found if len(runs) == 2]
-    ndcg = np.array([[run["NDCG@10"] for run in runs] for runs in found])
-    return ndcg, [runs[0]["edges"] for runs in found]
+    found = {runs[0]["edges"]: runs for runs in found if len(runs) == 2}
+    return np.array([[run["NDCG@10"] for run in runs] for runs in found.values()]), list(found)
 
 
 def alpha_score(data, edges):

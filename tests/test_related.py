@@ -243,6 +243,8 @@ def test_asrep_from_beginning_to_end(capsys):
     shown = capsys.readouterr().out
     for name, share in asrep.co_occurrence_of_first_item(data, prior).items():
         assert f"{100 * share:6.1f} %  {name}\n" in shown
+    run(asrep, "data.txt", starts[2], "--fill 1 --epochs 0 --out none.pt2")
+    assert "0 histories filled with 0 items" in capsys.readouterr().out
     assert len({Path(f"{n}.pt2").read_bytes() for n in range(3)}) == 3 and not Path("1.txt").exists()
     run(emd_distill, "data.txt --student 2.pt2 --epochs 1 --out on.pt2")
     capsys.readouterr()

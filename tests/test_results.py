@@ -1,5 +1,6 @@
 """results/run.py: its commands are ones that the scripts understand, and its figures by brute force."""
 
+import fnmatch
 import importlib
 import json
 import re
@@ -176,12 +177,27 @@ def test_p_values_pool_seeds_user_by_user():
         for rows in (ranks["alone"], ranks["other"])
     )
     assert (
-        draw.p_value(strings["other"], strings["alone"], 50) == f"{stats.ttest_rel(other, alone).pvalue:.0e}"
+        draw.p_value(strings["other"], strings["alone"], 50) == f"{stats.ttest_rel(other, alone).pvalue:.1g}"
     )
     assert draw.p_value(strings["alone"], strings["alone"], 50) == ""
     assert (
         draw.p_value({0: strings["alone"][0]}, {1: strings["other"][1]}, 50) == ""
     )  # no seed that both have
+
+
+def test_an_architecture_that_was_drawn_twice_counts_once(monkeypatch):
+    edges = ["conv3;none,skip", "mean;none,skip", "conv3;none,skip"]
+    shown = {f"random{k}-{s}": {"edges": edges[k], "NDCG@10": k % 2 + s} for k in range(3) for s in range(2)}
+    monkeypatch.setattr(draw, "figures", lambda claim, name: shown.get(name.removeprefix("games-"), {}))
+    ndcg, names = draw.random_runs("games")
+    assert names == edges[:2] and ndcg.tolist() == [[0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_each_claim_on_a_page_has_runs(page):
+    for claim, _, only in re.findall(r"run\.py (\w+)( --only '([^']+)')?`", page.read_text()):
+        if claim != "CLAIM":
+            assert any(fnmatch.fnmatch(name, only or "*") for name, _ in run.runs_of(claim)), (claim, only)
 
 
 def test_alpha_scores_an_architecture_by_its_operations(monkeypatch):

@@ -4,18 +4,20 @@
 
 After `--` stand the arguments of adarec_search.py, which searches as usual. At its end, each architecture
 takes its weights from the supernet and is validated without training. Prints a JSON object: NDCG@10 by edges.
+PYTHONPATH can name a folder with another adarec_search.py, such as one changed by a patch of results/ideas/.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 import adarec_search
 import emd_distill
 
 paths, argv = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
-derive, scores, MAX_LENGTH = adarec_search.derive, {}, 50
+derive, scores = adarec_search.derive, {}
+MAX_LENGTH = int(argv[argv.index("--max-length") + 1]) if "--max-length" in argv else 50
 
 
 def derive_all(supernet, edges):

@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 root = Path(__file__).resolve().parent.parent
-published = root / "results" / "published"
+patches = sorted((root / "results").glob("*/*.patch"))
 sys.path.insert(0, str(root / "results"))
 import draw  # noqa: E402
 import run  # noqa: E402
@@ -89,11 +89,11 @@ def test_a_run_is_made_once_and_leaves_its_figures(monkeypatch, tmp_path, capsys
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("patch", sorted(published.glob("*.patch")), ids=lambda patch: patch.stem)
+@pytest.mark.parametrize("patch", patches, ids=lambda patch: patch.stem)
 def test_every_patch_fits(patch, tmp_path):
     script = re.search(r"^--- (\S+)", patch.read_text()).group(1)
-    claims = "".join((root / "results" / "claims" / f"{claim}.txt").read_text() for claim in run.CLAIMS)
-    assert f" {script} results/published/{patch.name}" in " ".join(claims.replace("\\\n", "").split())
+    commands = [command for claim in run.CLAIMS for _, commands in run.runs_of(claim) for command in commands]
+    assert any(f" {script} {patch.relative_to(root)}" in command for command in commands)
     made = subprocess.run(["patch", "--fuzz", "0", "-o", tmp_path / script, root / script, patch])
     assert made.returncode == 0 and (tmp_path / script).read_text() != (root / script).read_text()
 

@@ -16,6 +16,9 @@ import numpy as np
 from run import KINDS, ROOT, RUNS, figures, gains, runs_of
 from scipy import stats
 
+sys.path.append(str(ROOT))
+from adarec_search import OPERATIONS  # noqa: E402
+
 PAGES = ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))
 MISSING = "not run"
 SETS = {"ml-1m": "ml-1m", "games": "games", "beauty5": "Beauty 5-core"}
@@ -56,7 +59,8 @@ def table(head, rows):
     if not rows or all(MISSING in cell or not cell for row in rows for cell in map(str, row[1:])):
         raise Missing
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return re.sub(r"(\d)%", r"\1 %", text)
 
 
 def p_value(ranks, other, k=10):
@@ -81,45 +85,69 @@ def ranks_of(claim, name, number=3):
 # ---- AdaRec ----------------------------------------------------------------------------------------------
 
 
+WIDTH = {"ml-1m": 128, "games": 64, "beauty5": 64}  # of the students
+TAUGHT, ALONE = "students/{}-{}-taught", "students/{}-{}-alone"
+# with 6 epochs; with 8 epochs, and all items in the softmax
+ALONE_OTHERWISE = "students/{}-from-with", "ways/{}-alone"
+
+
+def teacher_of(data):
+    """The teacher's NDCG@10."""
+    return f"{made('students', f'{data}-teacher')['NDCG@10']:.4f}"
+
+
+def accuracy(*names):
+    """A function of a data set: the best of the runs CLAIM/NAME, and its share of the teacher."""
+
+    def show(data):
+        found = [values(*name.format(data, WIDTH[data]).split("/")) for name in names]
+        best = max(found, key=lambda numbers: np.mean(numbers) if len(numbers) else 0)
+        return f"{spread(best)}, **{np.mean(best) / float(teacher_of(data)):.1%}**" if len(best) else "–"
+
+    return show
+
+
+def faster(*keys):
+    """A function of a data set: how many times lower `keys` of the student are than the teacher's."""
+
+    def show(data):
+        models = made("students", f"{data}-latency")["models"]
+        student = models[[64, 128].index(WIDTH[data]) + 1]  # after the teacher
+        return "; ".join(f"{models[0][key] / student[key]:.1f}x" for key in keys)
+
+    return show
+
+
+def findings():
+    """The README's table: the first lines of `front`, with shares of the teacher alone."""
+    names = "", "MovieLens-1M", "Amazon Games", "Amazon Beauty"
+    rows = re.sub(r"[\d.]+ \([^)]*\), \*\*([\d.]+ %)\*\*", r"\1", front()).splitlines()
+    kept = [row for row in rows[2:] if not re.match(r"\| (width|p|student, 32|faster)", row)]
+    return "\n".join(["| " + " | ".join(names) + " |", rows[1], *kept])
+
+
 def front():
     """AdaRec's students on three data sets: 128 wide on ml-1m, 64 wide on the others."""
-    width = {"ml-1m": 128, "games": 64, "beauty5": 64}
-
-    def teacher(data):
-        return f"{made('students', f'{data}-teacher')['NDCG@10']:.4f}"
-
-    def accuracy(how, dim=None):
-        def show(data):
-            found = values("students", f"{data}-{dim or width[data]}-{how}")
-            share = np.mean(found) / made("students", f"{data}-teacher")["NDCG@10"] if len(found) else 0
-            return f"{spread(found)}, **{share:.1%}**" if len(found) else "–"
-
-        return show
 
     def p(data):
-        taught, alone = (ranks_of("students", f"{data}-{width[data]}-{how}") for how in ("taught", "alone"))
-        return p_value(taught, alone) or "–"
+        names = [name.format(data, WIDTH[data]).split("/") for name in (TAUGHT, ALONE)]
+        return p_value(*(ranks_of(*name) for name in names)) or "–"
 
-    def faster(*keys):
-        def show(data):
-            models = made("students", f"{data}-latency")["models"]
-            student = models[[64, 128].index(width[data]) + 1]  # after the teacher
-            return "; ".join(f"{models[0][key] / student[key]:.1f}x" for key in keys)
-
-        return show
-
-    rows = {"teacher, 128 wide": teacher, "width of the student": width.get}
-    rows |= {"student, distilled": accuracy("taught"), "the same student, alone": accuracy("alone")}
-    rows |= {"p, distilled against alone": p, "student, 32 wide, distilled": accuracy("taught", 32)}
-    rows |= {"multiply-adds, fewer": faster("macs")}
-    rows |= {"compiled speed-up: one request; batches": faster(*(f"{key}_compiled" for key in SPEED))}
+    times = [f"{key}_compiled" for key in SPEED]
+    rows = {"teacher, 128 wide": teacher_of, "width of the student": WIDTH.get}
+    rows |= {"student, trained with the teacher": accuracy(TAUGHT)}
+    rows |= {"the same student, *alone*": accuracy(ALONE), "p of these two rows": p}
+    rows |= {"student alone, best settings found": accuracy(ALONE, *ALONE_OTHERWISE)}
+    rows |= {"student, 32 wide, with the teacher": accuracy("students/{}-32-taught")}
+    rows |= {"multiply-adds, fewer than the teacher's": faster("macs")}
+    rows |= {"faster, one request; batches": faster(*times)}
     return table(["", *SETS.values()], [[what, *map(show, SETS)] for what, show in rows.items()])
 
 
 def serving():
     """How much faster students of three widths are than their teachers, as a service runs them."""
-    names = {"ml-1m": "ml-1m, users as they are", "ml-1m-long": "ml-1m, 200 items each"}
-    names |= {"games": "games, 50 items at most", "beauty5": "Beauty 5-core, 50 at most"}
+    names = {"ml-1m": "ml-1m, real histories (median 94)", "ml-1m-long": "ml-1m, 200 items each"}
+    names |= {"games": "games, real histories, at most 50", "beauty5": "Beauty 5-core, real, at most 50"}
     keys, rows = ("macs", *SPEED, *(f"{key}_compiled" for key in SPEED)), []
     for data, name in names.items():
         teacher, *found = made("serving", data)["models"]
@@ -145,47 +173,43 @@ def alpha_score(data, edges):
     alpha = np.array(json.loads(made("students", f"{data}-search-with")["alpha"])[-1])
     log_p = alpha - np.log(np.exp(alpha).sum(-1, keepdims=True))
     chosen = re.split("[;,]", edges)
-    return sum(row[list(operations()).index(name)] for row, name in zip(log_p, chosen, strict=True))
-
-
-def operations():
-    """The names of the operations, in the order of alpha."""
-    module = ast.parse((ROOT / "adarec_search.py").read_text())
-    line = line_of("OPERATIONS", "adarec_search.py")
-    return [key.value for key in next(node for node in module.body if node.lineno == line).value.keys]
+    return sum(row[list(OPERATIONS).index(name)] for row, name in zip(log_p, chosen, strict=True))
 
 
 def architectures():
     """What a search can gain: random architectures of one cost, their seeds, the searched one and alpha."""
-    rows = {name: [] for name in ("random architectures: mean", "deviation between architectures")}
-    rows |= {name: [] for name in ("deviation between seeds", "best of them", "searched, alone")}
-    rows |= {name: [] for name in ("better than", "rank correlation of training with `alpha` (p)")}
-    rows |= {"rank correlation of training with validation in the supernet (p)": []}
-    for data in ("games", "beauty5"):
+    rows = {"random architectures": [], "their mean NDCG@10": [], "deviation between architectures": []}
+    rows |= {"deviation between seeds": [], "the best of them": [], "the searched one": []}
+    rows |= {"better than": [], "rank correlation with `alpha` (p)": []}
+    rows |= {"with validation in the supernet (p)": []}
+    rows |= {"the same, single paths in the warm-up": [], "the same, `alpha` on other histories": []}
+    for data in SETS:
         ndcg, edges = random_runs(data)
         if len(ndcg) < 3:
             raise Missing
         own = values("students", f"{data}-from-with", number=2)
         mean, noise = ndcg.mean(1), np.sqrt(ndcg.var(1, ddof=1).mean())
-        alpha, shared = [alpha_score(data, one) for one in edges], figures("students", f"{data}-supernet")
-        judges = [alpha, [shared["valid"][one] for one in edges]] if shared else [alpha]
-        rhos = [stats.spearmanr(judge, mean) for judge in judges]
-        column = [f"{mean.mean():.4f}", f"{mean.std(ddof=1):.4f}", f"{noise:.4f}", f"{mean.max():.4f}"]
-        column += [spread(own), f"{(own.mean() > mean).sum()} of {len(mean)}"]
-        column += [*(f"{rho:.2f} ({p:.2f})" for rho, p in rhos), "–"]
-        for cells, cell in zip(rows.values(), column, strict=False):
+        column = [len(mean), f"{mean.mean():.4f}", f"{mean.std(ddof=1):.4f}", f"{noise:.4f}"]
+        column += [f"{mean.max():.4f} ({mean.max() / mean.mean() - 1:+.1%})"]
+        column += [f"{spread(own)}, {own.mean() / mean.mean() - 1:+.1%}"]
+        column += [f"{(own.mean() > mean).sum()} of {len(mean)}"]
+        supernets = [figures("students", f"{data}-supernet{idea}") for idea in ("", "-paths", "-held-out")]
+        judges = [{one: alpha_score(data, one) for one in edges}]
+        for judge in judges + [supernet.get("valid", {}) for supernet in supernets]:
+            rho = stats.spearmanr([judge[one] for one in edges], mean) if judge else None
+            column.append(f"{rho.statistic:.2f} ({rho.pvalue:.2f})" if rho else "–")
+        for cells, cell in zip(rows.values(), column, strict=True):
             cells.append(cell)
-    head = ["alone, 6 epochs", SETS["games"], SETS["beauty5"]]
-    return table(head, [[name, *cells] for name, cells in rows.items()])
+    return table(["alone, 6 epochs", *SETS.values()], [[name, *cells] for name, cells in rows.items()])
 
 
 def transfer():
     """Architectures that were searched on one data set, trained on another, without a teacher."""
-    rows, targets = [], ("games", "beauty5")
+    rows = []
     for source in SETS:
-        names = [f"{data}-from-{'with' if data == source else source}" for data in targets]
+        names = [f"{data}-from-{'with' if data == source else source}" for data in SETS]
         rows.append([SETS[source], *(spread(values("students", name, number=2)) for name in names)])
-    return table(["architecture of \\ trained on", *(SETS[data] for data in targets)], rows)
+    return table(["architecture of \\ trained on", *SETS.values()], rows)
 
 
 def planted():
@@ -211,24 +235,24 @@ def betas():
 
 WAYS = {
     "start": "before",
-    "early": "before, 110 to 150 epochs",
+    "early": "before, stopped after 110 to 150 epochs",
     "alone": "alone",
-    "published": "BD as published for BPR",
-    "published-half": "as published for BPR, labels of 1/2",
-    "published-lambda-0": "as published for BPR, without L_BD",
-    "published-tau-10": "as published for BPR, temperature 10",
-    "published-uniform": "published sign, uniform negatives",
-    "published-uniform-half": "published sign, uniform negatives, labels of 1/2",
-    "published-uniform-tau-10": "published sign, uniform negatives, temperature 10",
-    "paper": "paper's sign, uniform negatives",
-    "paper-half": "paper's sign, uniform negatives, labels of 1/2",
-    "top": "the other model's 100 best items",
+    "published": "BD, code for BPR",
+    "published-half": "BD, code for BPR, labels of 1/2",
+    "published-lambda-0": "BD, code for BPR, without L_BD",
+    "published-tau-10": "BD, code for BPR, temperature 10",
+    "published-uniform": "BD, code for CDAE",
+    "published-uniform-half": "BD, code for CDAE, labels of 1/2",
+    "published-uniform-tau-10": "BD, code for CDAE, temperature 10",
+    "paper": "BD, paper",
+    "paper-half": "BD, paper, labels of 1/2",
+    "top": "BD on the other model's 100 best items",
     "alone-knowing": "alone, negatives are never test items",
-    "alone-decay-1e-2": "alone, the student has a weight decay of 1e-2",
-    "published-decay-1e-2": "BD as published, the student has a weight decay of 1e-2",
-    "alone-both-decay-1e-4": "alone, both have a weight decay of 1e-4",
-    "alone-both-decay-1e-3": "alone, both have a weight decay of 1e-3",
-    "alone-both-decay-1e-2": "alone, both have a weight decay of 1e-2",
+    "alone-decay-1e-2": "alone, student with weight decay 1e-2",
+    "published-decay-1e-2": "BD, code for BPR, student with weight decay 1e-2",
+    "alone-both-decay-1e-4": "alone, both with weight decay 1e-4",
+    "alone-both-decay-1e-3": "alone, both with weight decay 1e-3",
+    "alone-both-decay-1e-2": "alone, both with weight decay 1e-2",
 }
 
 
@@ -251,9 +275,7 @@ def ways_of(base, k, ways, more=()):
             raise Missing
         row = [f"{WAYS[way]} ({len(runs)})"]
         for kind in KINDS:
-            if (
-                way.startswith("alone-decay") and kind == "teacher"
-            ):  # a student without a decay trained beside
+            if way.startswith("alone-decay") and kind == "teacher":  # its student has no decay
                 row += [""] * (2 + len(more))
                 continue
             keys = f"HR@{k}", f"NDCG@{k}", *more
@@ -266,7 +288,7 @@ def ways_of(base, k, ways, more=()):
     return rows
 
 
-def in_short(base, ways):
+def in_short(base, *ways):
     """HR@50 / NDCG@50 of both models on citeulike."""
     return table([f"{base.upper()}, citeulike", "teacher", "p", "student", "p"], ways_of(base, 50, ways))
 
@@ -275,28 +297,6 @@ def ways_that_ran(base):
     """The ways of a base in the order of WAYS, as far as they were run."""
     names = {re.sub(r"-\d$", "", name) for name, _ in runs_of("bidirectional")}
     return [way for way in WAYS if f"{base}-{way}" in names]
-
-
-def bpr():
-    """BPR's way as published, and its controls."""
-    ways = "start", "alone", "published", "published-half", "published-lambda-0", "paper"
-    return in_short("bpr", ways)
-
-
-def cdae():
-    """CDAE's way as published, softer labels, and labels that say nothing."""
-    as_published = [f"published-uniform{more}" for more in ("", "-half", "-tau-10")]
-    return in_short("cdae", ["start", "alone", *as_published])
-
-
-def all_of_bpr():
-    """All ways that BPR went; also as the notebooks count."""
-    return all_ways("bpr")
-
-
-def all_of_cdae():
-    """All ways that CDAE went; also as the notebooks count."""
-    return all_ways("cdae")
 
 
 def all_ways(base):
@@ -343,9 +343,9 @@ TEACHERS = {  # what is compared, its runs, the protocol, and published HR@10 an
 }
 DEVIATIONS = {
     "leak": "padding on both sides",
-    "rate": "learning rate of `alpha` 2e-5",
-    "kl": "KL reversed and summed over 50 positions",
-    "cost": "published operation costs, `beta` 8",
+    "rate": "learning rate 2e-5 for `alpha`",
+    "kl": "KL with swapped arguments, summed over 50 positions",
+    "cost": "the code's costs of operations, `beta` 8",
     "history": "the test input lacks the validation item",
 }
 
@@ -362,12 +362,10 @@ def teachers():
 
 def speeds():
     """Seconds of an epoch of ours and of the other side."""
-    names = {
-        "peer-games": "pmixer/SASRec.pytorch, games, 50 items",
-        "peer-ml-1m": "the same, ml-1m, 200 items",
-    }
-    names |= {"softmax": "our teacher, all scores stored, ml-1m"}
-    names |= {"operations": "our search, operations computed separately, ml-1m"}
+    names = {"peer-games": "pmixer/SASRec.pytorch, games, histories of 50 items"}
+    names |= {"peer-ml-1m": "the same, ml-1m, histories of 200 items"}
+    names |= {"softmax": "our teacher, storing all scores instead, ml-1m"}
+    names |= {"operations": "our search, each operation by itself instead, ml-1m"}
     rows = []
     for name, what in names.items():
         ours, other = np.median(made("speed", name)["seconds_of_epoch"], 0)
@@ -401,23 +399,23 @@ def deviations():
     here = {"teacher": "teacher", "alone": "student, alone", "student": "student, distilled, no deviation"}
     rows = [[what, spread(values("demo", name))] for name, what in here.items()]
     rows += [[what, spread(values("published", name))] for name, what in DEVIATIONS.items()]
-    return table(["ml-100k, the demo", "NDCG@10"], rows)
+    return table(["ml-100k", "NDCG@10"], rows)
 
 
 def ways():
     """Ways to distil: one teacher, one untrained student, the same epochs."""
     names = {"alone": "no teacher", "none": "scores and embeddings: L_pred, L_emb"}
     names |= {"last": "these and the last layer", "one-to-one": "these and layers one-to-one"}
-    names |= {"emd": "these and layers by EMD (AdaRec)", "dfa": "groups of layers, equal weights"}
-    names |= {"statistics": "statistics of layers (AdaIN)"}
-    names |= {"rrd": "ranking distillation (RRD)"}
-    rows, teacher = [], made("students", "beauty5-teacher")["NDCG@10"]
-    for name, what in names.items():
-        found, alone = values("ways", f"beauty5-{name}"), ranks_of("ways", "beauty5-alone")
-        share = f"{np.mean(found) / teacher:.1%}" if len(found) else ""
-        rows.append([what, spread(found), share, p_value(ranks_of("ways", f"beauty5-{name}"), alone)])
-    rows.append(["(the teacher)", f"{teacher:.4f}", "", ""])
-    return table(["the student learns from", "NDCG@10", "of the teacher's", "p against no teacher"], rows)
+    names |= {"emd": "these and layers by EMD (AdaRec)", "dfa": "these and groups of layers (DFA)"}
+    names |= {"statistics": "statistics of layers (AdaIN)", "rrd": "order of the teacher's best items (RRD)"}
+    rows = [[what] for what in names.values()]
+    for data in ("beauty5", "games"):
+        teacher, alone = float(teacher_of(data)), ranks_of("ways", f"{data}-alone")
+        for row, name in zip(rows, names, strict=True):
+            found = values("ways", f"{data}-{name}")
+            share = f", **{np.mean(found) / teacher:.1%}**" if len(found) else ""
+            row += [spread(found) + share, p_value(ranks_of("ways", f"{data}-{name}"), alone)]
+    return table(["the student learns from", "Beauty 5-core", "p", "games", "p"], rows)
 
 
 SAMPLED = {"sampled HR@5": "Recall@5", "sampled NDCG@5": "NDCG@5", "sampled MRR@101": "MRR"}
@@ -432,16 +430,15 @@ def neighbour(claim, names, baseline):
         columns = [spread(values(claim, name, key)) for key in (*SAMPLED, "NDCG@10", "NDCG@10 to 5")]
         p = p_value(ranks_of(claim, name), ranks_of(claim, baseline))
         rows.append([what, *columns, p])
-    head = ["", *SAMPLED.values(), "NDCG@10, all items", "histories of at most 5", "p"]
+    head = ["", *SAMPLED.values(), "NDCG@10, all items", "the same, short histories", "p"]
     return table(head, rows)
 
 
 def asrep():
     """ASReP and its parts on Beauty 5-core."""
-    names = {"sasrec": "SASRec", "backwards": "trained backwards first"}
-    names |= {"scratch": "filled histories, from scratch"}
-    names |= {"clean": "ASReP", "published": "ASReP, published order"}
-    return neighbour("asrep", names, "sasrec")
+    names = {"sasrec": "SASRec", "backwards": "SASRec, trained backwards first"}
+    names |= {"scratch": "SASRec, filled histories", "clean": "ASReP, clean order"}
+    return neighbour("asrep", names | {"published": "ASReP, published order: leaks test items"}, "sasrec")
 
 
 def known():
@@ -450,7 +447,7 @@ def known():
     made("asrep", "published-0")
     for key in made("asrep", "clean-0"):
         if key.startswith("together with "):
-            cells = [f"{np.mean(values('asrep', name, key)):.1f} %" for name in orders]
+            cells = [f"{np.mean(values('asrep', name, key)):.1f}%" for name in orders]
             rows.append([key.removeprefix("together with "), *cells])
     return table(["together with the", *orders.values()], rows)
 
@@ -459,23 +456,29 @@ def dt4sr():
     """A product or a distance of Gaussians, under BPR and under a softmax."""
     halves = []
     for loss, what in {"bpr": "BPR", "ce": "softmax"}.items():
-        names = {f"dot-{loss}": f"product, {what}", f"wasserstein-{loss}": f"distance, {what}"}
+        names = {f"dot-{loss}": f"dot product, {what}", f"wasserstein-{loss}": f"distance, {what}"}
         halves.append(neighbour("dt4sr", names, f"dot-{loss}").splitlines())
     return "\n".join(halves[0] + halves[1][2:])  # without the second head
 
 
 def domains():
     """From one domain to another, on ml-100k."""
-    names = {"source": "the teacher", "domain": "student: labels of the source domain"}
-    names |= {"domain-output": "and the teacher's scores", "domain-output-feature": "and its states"}
-    names |= {"domain-output-pseudo": "scores and pseudo labels"}
-    names |= {"domain-output-feature-pseudo": "scores, states and pseudo labels"}
+    names = {"source": "the teacher", "domain": "student: labels"}
+    names |= {"domain-output": "student: labels and scores"}
+    names |= {"domain-output-feature": "student: labels, scores and states"}
+    names |= {"domain-output-pseudo": "student: labels, scores and pseudo labels"}
+    names |= {"domain-output-feature-pseudo": "student: labels, scores, states and pseudo labels"}
     return table(["", "NDCG@10"], [[what, spread(values("related", name))] for name, what in names.items()])
 
 
-TABLES = (front, serving, architectures, transfer, planted, betas, bpr, cdae, all_of_bpr, all_of_cdae, pairs)
-TABLES += (temperatures, teachers, speeds, scripts, scale, deviations, ways, asrep, known, dt4sr, domains)
+AS_PUBLISHED = [f"published-uniform{more}" for more in ("", "-half", "-tau-10")]  # for CDAE
+CONTROLS = "published", "published-half", "published-lambda-0", "paper"
+TABLES = (findings, front, serving, architectures, transfer, planted, betas, pairs, temperatures, teachers)
+TABLES += (speeds, scripts, scale, deviations, ways, asrep, known, dt4sr, domains)
 TABLES = {function.__name__: function for function in TABLES}
+TABLES |= {"bpr": lambda: in_short("bpr", "start", "alone", *CONTROLS), "all_of_bpr": lambda: all_ways("bpr")}
+TABLES |= {"cdae": lambda: in_short("cdae", "start", "alone", *AS_PUBLISHED)}
+TABLES |= {"all_of_cdae": lambda: all_ways("cdae")}
 
 
 def drawn(name):
@@ -560,18 +563,7 @@ def draw_cells(plt):
     return figure
 
 
-def draw_flow(plt):
-    """How much of the flow goes between which layers, over the epochs (games: 4 blocks teach 2 cells)."""
-    flow = np.array(json.loads(made("students", "games-64-taught-0")["flow"])[1:])  # [epochs, L_S, L_T]
-    figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
-    image = axis.imshow(flow.reshape(len(flow), -1).T, aspect="auto", cmap="cividis", vmin=0)
-    names = [f"student {i + 1}, teacher {j + 1}" for i, j in np.ndindex(flow.shape[1:])]
-    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="epoch", title="flow between layers")
-    figure.colorbar(image)
-    return figure
-
-
-PICTURES = {"scenes": draw_scenes, "cells": draw_cells, "flow": draw_flow}
+PICTURES = {"scenes": draw_scenes, "cells": draw_cells}
 
 
 def main():

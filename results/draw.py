@@ -339,7 +339,7 @@ def temperatures():
 TEACHERS = {  # what is compared, its runs, the protocol, and published HR@10 and NDCG@10
     "ml-1m": ("ml-1m-falling", "", 0.3152, 0.1821),
     "games, among 100 items": ("games-16-wide", "sampled ", 0.741, 0.536),
-    "Beauty": ("beauty", "", 0.0533, 0.0327),
+    "Beauty, BERT4Rec's file": ("beauty", "", 0.0533, 0.0327),
 }
 DEVIATIONS = {
     "leak": "padding on both sides",
@@ -404,10 +404,10 @@ def deviations():
 
 def ways():
     """Ways to distil: one teacher, one untrained student, the same epochs."""
-    names = {"alone": "no teacher", "none": "scores and embeddings: L_pred, L_emb"}
-    names |= {"last": "these and the last layer", "one-to-one": "these and layers one-to-one"}
-    names |= {"emd": "these and layers by EMD (AdaRec)", "dfa": "these and groups of layers (DFA)"}
-    names |= {"statistics": "statistics of layers (AdaIN)", "rrd": "order of the teacher's best items (RRD)"}
+    names = {"alone": "nothing else", "none": "scores and embeddings", "last": "these, and the last layer"}
+    names |= {"one-to-one": "these, and layers one-to-one", "emd": "these, and layers by EMD (AdaRec)"}
+    names |= {"dfa": "groups of layers, equal weights (DFA)", "statistics": "statistics of layers (AdaIN)"}
+    names |= {"rrd": "order of the teacher's best items (RRD)"}
     rows = [[what] for what in names.values()]
     for data in ("beauty5", "games"):
         teacher, alone = float(teacher_of(data)), ranks_of("ways", f"{data}-alone")
@@ -415,7 +415,7 @@ def ways():
             found = values("ways", f"{data}-{name}")
             share = f", **{np.mean(found) / teacher:.1%}**" if len(found) else ""
             row += [spread(found) + share, p_value(ranks_of("ways", f"{data}-{name}"), alone)]
-    return table(["the student learns from", "Beauty 5-core", "p", "games", "p"], rows)
+    return table(["beside the next items, the student learns from", "Beauty 5-core", "p", "games", "p"], rows)
 
 
 SAMPLED = {"sampled HR@5": "Recall@5", "sampled NDCG@5": "NDCG@5", "sampled MRR@101": "MRR"}

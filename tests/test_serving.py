@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import save_data, save_model
 
 import adarec_search as search
@@ -58,14 +59,29 @@ def test_a_file_that_sees_more_than_it_says_is_refused(tmp_path):
             evaluate.load_model(path, data, "cpu")
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
-def test_compiled_scores_are_the_eager_ones(tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"dilation": (2,)}, {"stride": (2,)}, {"padding": (3,)}, {"groups": 2}, {"bias": None}],
+    ids=str,
+)
+def test_a_convolution_as_a_matrix_product_is_the_convolution(more):
     torch.manual_seed(0)
-    model = search.Student(30, 8, [search.Cell(8, [["conv3"], ["max_pool", "skip"]])], 0.2)
-    path, data = save_model(tmp_path, model, 30, 20, sees=5), save_data(tmp_path, HISTORIES)
+    x, weight = torch.randn(3, 4, 9), torch.randn(6, 4 // more.get("groups", 1), 3)
+    more = {"bias": torch.randn(6)} | more
+    torch.testing.assert_close(evaluate.conv1d_as_product(x, weight, **more), F.conv1d(x, weight, **more))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+@pytest.mark.parametrize("one_request", [True, False])
+def test_compiled_scores_are_the_eager_ones(one_request, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = search.Student(30, 8, [search.Cell(8, [["conv3"], ["max_pool", "dilated_conv3"]])], 0.2)
+    path, data = save_model(tmp_path, model, 30, 20, sees=7), save_data(tmp_path, HISTORIES)
     module, config = evaluate.load_model(path, evaluate.read_interactions(data), "cpu")
-    scorer = evaluate.Scorer(module)
-    service = evaluate.compiled(scorer, config["window"], "cpu")
+    scorer, calls, as_product = evaluate.Scorer(module), [], evaluate.conv1d_as_product
+    monkeypatch.setattr(evaluate, "conv1d_as_product", lambda *args: calls.append(1) or as_product(*args))
+    service = evaluate.compiled(scorer, config["window"], "cpu", one_request)
+    assert bool(calls) == one_request
     for batch, length in ((1, 1), (1, 5), (3, 2), (64, 5)):
         users, items = torch.ones(batch, dtype=torch.int64), torch.randint(1, 31, (batch, length))
         with torch.no_grad():

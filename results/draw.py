@@ -204,7 +204,8 @@ def architectures():
         supernets = [figures("students", f"{data}-supernet{idea}") for idea in ("", "-paths", "-held-out")]
         judges = [{one: alpha_score(data, one) for one in edges}]
         for judge in judges + [supernet.get("valid", {}) for supernet in supernets]:
-            rho = stats.spearmanr([judge[one] for one in edges], mean) if judge else None
+            known = set(edges) <= set(judge)
+            rho = stats.spearmanr([judge[one] for one in edges], mean) if known else None
             column.append(f"{rho.statistic:.2f} ({rho.pvalue:.2f})" if rho else "–")
         for cells, cell in zip(rows.values(), column, strict=True):
             cells.append(cell)

@@ -124,3 +124,15 @@ def test_the_program_of_the_readme_gives_the_same_scores_as_onnx(tmp_path, monke
         items = torch.tensor([history])
         (scores,) = session.run(None, {session.get_inputs()[0].name: items.numpy()})
         torch.testing.assert_close(torch.from_numpy(scores), variables["service"](items), rtol=0, atol=2e-6)
+
+
+def test_one_request_and_batches_are_timed_as_they_are_compiled(tmp_path, monkeypatch, capsys):
+    model = search.Student(30, 8, [search.Cell(8, [["conv3"]])], 0.2)
+    path, data, timed = save_model(tmp_path, model, 30, 20), save_data(tmp_path, HISTORIES), {}
+    monkeypatch.setattr(evaluate, "compiled", lambda scorer, window, device, one_request: one_request)
+    monkeypatch.setattr(
+        evaluate, "milliseconds", lambda way, *_, batch_size, **more: timed.setdefault((way, batch_size), 1.0)
+    )
+    evaluate.main([str(data), str(path), "--compile"])
+    compiled_for = {batch_size: way for way, batch_size in timed if isinstance(way, bool)}
+    assert compiled_for == {1: True, evaluate.BATCH: False} and len(timed) == 4

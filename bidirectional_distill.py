@@ -7,7 +7,7 @@ items drawn by how much their rankings disagree:
 
     L_T = L_CF(T) + lambda_S->T L_BD(T;S)        L_S = L_CF(S) + lambda_T->S L_BD(S;T)
 
-Reads   interactions, `user item` per row (data/README.md), and two model files (README.md, "The model file").
+Reads   interactions, `user item` per row (data/README.md), and two model files (README.md, "Your own model").
         The files are of trained sequence models, or of an earlier run. --base bpr and cdae need no files.
 Writes  OUT-teacher.pt2 and OUT-student.pt2, each at its best validation NDCG@10: after an epoch of joint
         training, or before it. OUT.log.jsonl, a line per epoch.
@@ -684,7 +684,9 @@ def load_model(path, data, device, any_data=False):
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
         if shapes != (config["items"] + 1, output.shape[2], 1, 1):
-            raise ValueError("its results do not have the shapes of a model file")
+            shapes = [list(result.shape) for result in (hidden, output, vectors)]
+            rule = f"item_vectors needs {config['items'] + 1} rows"
+            raise ValueError(f"for one item, its results have the shapes {shapes}; {rule}")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
         # without `sees`, the output depends on all items

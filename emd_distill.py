@@ -7,7 +7,7 @@ EMNLP 2020, arXiv 2010.06133.
     L = (1 - gamma) L_CE + gamma (L_emb + L_hid + L_pred)
 
 Reads   interactions, `user item` per row (data/README.md); a student, and a teacher to learn from (README.md,
-        "The model file"). Without a teacher, this is plain training: L = L_CE.
+        "Your own model"). Without a teacher, this is plain training: L = L_CE.
 Writes  OUT, the student of the epoch with the best validation NDCG@10; epoch 0 is before training.
         OUT.log.jsonl, a line per epoch.
 Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
@@ -598,7 +598,9 @@ def load_model(path, data, device, any_data=False):
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
         if shapes != (config["items"] + 1, output.shape[2], 1, 1):
-            raise ValueError("its results do not have the shapes of a model file")
+            shapes = [list(result.shape) for result in (hidden, output, vectors)]
+            rule = f"item_vectors needs {config['items'] + 1} rows"
+            raise ValueError(f"for one item, its results have the shapes {shapes}; {rule}")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
         # without `sees`, the output depends on all items

@@ -4,7 +4,7 @@ Accuracy is leave-one-out, with full ranking over the items that a user has not 
 sampled protocols serve only to compare with papers: they rank models inconsistently (Krichene and Rendle,
 "On Sampled Metrics for Item Recommendation", KDD 2020).
 
-Reads   interactions, `user item` per row (data/README.md), and model files (README.md, "The model file"). A
+Reads   interactions, `user item` per row (data/README.md), and model files (README.md, "Your own model"). A
         model file is code: load only files that you trust.
 Writes  a table, or JSON, on standard output. The other models are compared with the first one.
 Shapes  B users, T positions, V items, e features of an output. Item 0 is padding.
@@ -224,6 +224,10 @@ def evaluate(args):
     if args.users and args.users < len(users):
         users = np.sort(np.random.default_rng(args.seed).choice(users, args.users, replace=False))
     end = data.train_end[users] + (args.split == "test")
+    repeats = sum(data.items[e] in data.items[b:e] for b, e in zip(data.starts[users], end, strict=True))
+    if repeats:
+        note = f"note: {repeats} of {len(users)} targets occur in their histories"
+        print(f"{note}; `data/prepare.py convert --dedupe` drops repeats", file=sys.stderr)
     if args.protocol != "full":
         # history and target: neither can be drawn
         seen = [len(np.unique(data.items[b : e + 1])) for b, e in zip(data.starts[users], end, strict=True)]
@@ -422,7 +426,9 @@ def load_model(path, data, device, any_data=False):
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
         if shapes != (config["items"] + 1, output.shape[2], 1, 1):
-            raise ValueError("its results do not have the shapes of a model file")
+            shapes = [list(result.shape) for result in (hidden, output, vectors)]
+            rule = f"item_vectors needs {config['items'] + 1} rows"
+            raise ValueError(f"for one item, its results have the shapes {shapes}; {rule}")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
         # without `sees`, the output depends on all items

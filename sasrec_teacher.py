@@ -9,7 +9,7 @@ F_t is the output after position t, M_i the vector of item i. Different from the
 on the right, the embedding has a factor sqrt(d), and a last LayerNorm follows the blocks.
 
 Reads   interactions, `user item` per row (data/README.md).
-Writes  OUT, the model of the epoch with the best validation NDCG@10 (README.md, "The model file").
+Writes  OUT, the model of the epoch with the best validation NDCG@10 (README.md, "Your own model").
         OUT.log.jsonl, a line per epoch.
 Shapes  B users, T positions, N positions that have a next item, d features, V items, k negatives. Item 0 is
         padding.

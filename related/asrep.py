@@ -18,7 +18,7 @@ A generated item can be the test item by chance; evaluate.py --inputs ranks it n
         --fill 40 --out runs/asrep.pt2
     python evaluate.py data/ml-100k.txt runs/asrep.pt2 --inputs runs/asrep.txt
 
-Reads   interactions, `user item` a row (data/README.md), and model files (README.md, "The model file").
+Reads   interactions, `user item` a row (data/README.md), and model files (README.md, "Your own model").
 Writes  OUT, the model of the last epoch. With --generator, also the filled histories: OUT with .txt instead
         of .pt2.
 Shapes  B users, T positions, N real positions, V items, k negatives. Item 0 is padding.
@@ -384,7 +384,9 @@ def load_model(path, data, device, any_data=False):
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
         if shapes != (config["items"] + 1, output.shape[2], 1, 1):
-            raise ValueError("its results do not have the shapes of a model file")
+            shapes = [list(result.shape) for result in (hidden, output, vectors)]
+            rule = f"item_vectors needs {config['items'] + 1} rows"
+            raise ValueError(f"for one item, its results have the shapes {shapes}; {rule}")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
         # without `sees`, the output depends on all items

@@ -13,7 +13,7 @@ Segmentation", 2020, arXiv 2011.08007. Here, a domain is a group of users. Both 
 The student reads the histories of the target domain, but the items that come next are not used.
 
 Reads   interactions, `user item` a row (data/README.md), of the target and of the source; a teacher that was
-        trained on the source, and an untrained student of the target (README.md, "The model file").
+        trained on the source, and an untrained student of the target (README.md, "Your own model").
 Writes  OUT, the student of the last epoch. With --split, OUT-source.txt and OUT-target.txt.
 Shapes  B users, T positions, N real positions, V items, d_S and d_T features of student and teacher. Item 0
         is padding.
@@ -273,7 +273,9 @@ def load_model(path, data, device, any_data=False):
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
         if shapes != (config["items"] + 1, output.shape[2], 1, 1):
-            raise ValueError("its results do not have the shapes of a model file")
+            shapes = [list(result.shape) for result in (hidden, output, vectors)]
+            rule = f"item_vectors needs {config['items'] + 1} rows"
+            raise ValueError(f"for one item, its results have the shapes {shapes}; {rule}")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
         # without `sees`, the output depends on all items

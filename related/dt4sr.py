@@ -14,7 +14,7 @@ depends on t only, -W_2^2 is a product of two vectors. So OUT is a model file li
 takes the product mu_t . mu_i + sigma_t . sigma_i instead, for comparison.
 
 Reads   interactions, `user item` a row (data/README.md).
-Writes  OUT, the model of the last epoch (README.md, "The model file").
+Writes  OUT, the model of the last epoch (README.md, "Your own model").
 Shapes  B users, T positions, N real positions, d features, e features of an output, V items, L blocks. Item
         0 is padding.
 

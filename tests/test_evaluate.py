@@ -315,3 +315,12 @@ def test_a_model_of_other_data_is_noted(data, write_model, capsys):
         assert capsys.readouterr().err == f"note: {model} was trained on other data than {data}\n" * noted
     with pytest.raises(SystemExit, match="may know their test items"):
         evaluate.load_model(model, evaluate.read_interactions(data), "cpu")
+
+
+def test_targets_that_are_no_news_are_counted(write_data, write_model, capsys):
+    data = write_data({1: [1, 2, 3, 1], 2: [1, 2, 3, 4], 3: [5, 6, 5, 7]})
+    model = write_model(in_order(7, 3), 7, 5)
+    evaluate.main([str(data), str(model)])
+    assert "note: 1 of 3 targets occur in their histories" in capsys.readouterr().err
+    evaluate.main([str(data), str(model), "--split", "valid"])
+    assert "note: 1 of 3 targets" in capsys.readouterr().err

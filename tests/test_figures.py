@@ -69,19 +69,19 @@ CDAE, TAU_10, HALF = draw.AS_PUBLISHED[0], draw.AS_PUBLISHED[2], draw.AS_PUBLISH
 # page, a part of it with {} for each figure, the figures
 SENTENCES = [
     ("README.md", "need {:.0f} to {:.0f} times fewer multiply-adds", span(map(cheaper, draw.SETS))),
-    ("README.md", "for {:.0f} to {:.0f} % of the accuracy", span(SHARES)),
-    ("README.md", "rises by {:.0f} % (BPR) and", [with_bd("bpr", "published", "student")]),
+    ("README.md", "for {:.0f} to {:.0f} % of the teachers' accuracy", span(SHARES)),
+    ("README.md", "better than it by {:.0f} % (BPR) and", [with_bd("bpr", "published", "student")]),
     ("README.md", "and {:.0f} % (CDAE)", [with_bd("cdae", CDAE, "student")]),
     (
         "README.md",
-        "falls by {:.0f} and {:.0f} %",
+        "worse by {:.0f} and {:.0f} %",
         [-with_bd("bpr", "published", "teacher"), -with_bd("cdae", CDAE, "teacher")],
     ),
     ("README.md", "answers **{:.0f} times** as fast", [faster(LONG, 2, "ms_per_user")]),
     ("README.md", "it is **{:.0f} times** as fast", [faster(LONG, 2, "ms_per_1000_users")]),
     (
         "README.md",
-        "128 wide is {:.0f} and {:.0f} times as fast",
+        "128 wide is {:.0f} times as fast, in batches {:.0f} times",
         [faster(LONG, 3, key) for key in ("ms_per_user", "ms_per_1000_users")],
     ),
     *(

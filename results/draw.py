@@ -220,7 +220,7 @@ def transfer():
     for source in SETS:
         names = [f"{data}-from-{'with' if data == source else source}" for data in SETS]
         rows.append([SETS[source], *(spread(values("students", name, number=2)) for name in names)])
-    return table(["architecture of \\ trained on", *SETS.values()], rows)
+    return table(["searched on ↓, trained on →", *SETS.values()], rows)
 
 
 def planted():
@@ -239,7 +239,7 @@ def betas():
         found = ", ".join(f"`{run['edges']}`" for run in seeds("cost", f"games-{beta}", 2)) or MISSING
         cost = spread(values("cost", f"games-{beta}", "cost", 2), "{:.3f}")
         rows.append([beta, found, cost, spread(values("cost", f"games-{beta}-alone", number=2))])
-    return table(["beta", "operations found", "cost", "NDCG@10"], rows)
+    return table(["beta", "cells found, by seed", "cost", "NDCG@10"], rows)
 
 
 # ---- Bidirectional distillation --------------------------------------------------------------------------
@@ -250,7 +250,7 @@ WAYS = {
     "alone": "alone",
     "published": "BD, code for BPR",
     "published-half": "BD, code for BPR, labels of 1/2",
-    "published-lambda-0": "only the negatives of the code for BPR",
+    "published-lambda-0": "no L_BD, negatives as in the code for BPR",
     "published-tau-10": "BD, code for BPR, temperature 10",
     "published-uniform": "BD, code for CDAE",
     "published-uniform-half": "BD, code for CDAE, labels of 1/2",
@@ -376,7 +376,7 @@ def speeds():
     names = {"peer-games": "pmixer/SASRec.pytorch, games, histories of 50 items"}
     names |= {"peer-ml-1m": "the same, ml-1m, histories of 200 items"}
     names |= {"softmax": "our teacher, ml-1m; other: stores all scores"}
-    names |= {"operations": "our search, ml-1m; other: each operation by itself"}
+    names |= {"operations": "our search, ml-1m; other: operations one at a time"}
     rows = []
     for name, what in names.items():
         ours, other = np.median(made("speed", name)["seconds_of_epoch"], 0)

@@ -105,7 +105,7 @@ def commit():
 
 def figures_of(claim, command, printed):
     """What `command` has printed, logged and written, and what evaluate.py finds of its model."""
-    words = command.split()
+    words = re.sub(r"^\w+=\S+ ", "", command).split()  # without a variable of the shell
     script, data, out = Path(words[1]).name, words[2], output_of(command)
     if script == "evaluate.py":
         reports = json.loads(printed)

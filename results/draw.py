@@ -186,23 +186,26 @@ def alpha_score(data, edges):
     return sum(row[list(OPERATIONS).index(name)] for row, name in zip(log_p, chosen, strict=True))
 
 
-def architectures():
-    """What a search can gain: random architectures of one cost, their seeds, the searched one and alpha."""
-    rows = {"random architectures": [], "their mean NDCG@10": [], "deviation between architectures": []}
-    rows |= {"deviation between seeds": [], "the best of them": [], "the searched one": []}
-    rows |= {"better than": [], "rank correlation with `alpha` (p)": []}
-    rows |= {"with validation in the supernet (p)": []}
-    rows |= {"the same, single paths in the warm-up": [], "the same, `alpha` on other histories": []}
+def architectures(idea=False):
+    """What a search can gain: random architectures of one cost, the searched one, and what ranks them."""
+    names = ["random architectures", "mean of them", "deviation between them", "deviation between seeds"]
+    names += ["the best of them", "the searched one", "searched, idea 1", "searched, idea 2"]
+    judge = "rank correlation with training (p): "
+    names += [f"{judge}`alpha`", *(f"{judge}supernet{idea}" for idea in ("", ", idea 1", ", idea 2"))]
+    rows = {name: [] for name in names}
     for data in SETS:
         ndcg, edges = random_runs(data)
         if len(ndcg) < 3:
             raise Missing
-        own = values("students", f"{data}-from-with", number=2)
         mean, noise = ndcg.mean(1), np.sqrt(ndcg.var(1, ddof=1).mean())
         column = [len(mean), f"{mean.mean():.4f}", f"{mean.std(ddof=1):.4f}", f"{noise:.4f}"]
-        column += [f"{mean.max():.4f} ({mean.max() / mean.mean() - 1:+.1%})"]
-        column += [f"{spread(own)}, {own.mean() / mean.mean() - 1:+.1%}"]
-        column += [f"{(own.mean() > mean).sum()} of {len(mean)}"]
+        column += [f"{mean.max():.4f}, {mean.max() / mean.mean() - 1:+.1%}"]
+        for how in ("with", "paths", "held-out"):
+            cell = "–"
+            if len(own := values("students", f"{data}-from-{how}", number=2)):
+                gain, beaten = own.mean() / mean.mean() - 1, (own.mean() > mean).sum()
+                cell = f"{own.mean():.4f}, {gain:+.1%}, above {beaten}"
+            column.append(cell)
         supernets = [figures("students", f"{data}-supernet{idea}") for idea in ("", "-paths", "-held-out")]
         judges = [{one: alpha_score(data, one) for one in edges}]
         for judge in judges + [supernet.get("valid", {}) for supernet in supernets]:
@@ -211,7 +214,8 @@ def architectures():
             column.append(f"{rho.statistic:.2f} ({rho.pvalue:.2f})" if rho else "–")
         for cells, cell in zip(rows.values(), column, strict=True):
             cells.append(cell)
-    return table(["alone, 6 epochs", *SETS.values()], [[name, *cells] for name, cells in rows.items()])
+    rows = [[name, *cells] for name, cells in rows.items() if ("idea" in name) == idea]
+    return table(["alone, 6 epochs", *SETS.values()], rows)
 
 
 def transfer():
@@ -489,7 +493,7 @@ TABLES += (speeds, scripts, scale, deviations, ways, asrep, known, dt4sr, domain
 TABLES = {function.__name__: function for function in TABLES}
 TABLES |= {"bpr": lambda: in_short("bpr", "start", "alone", *CONTROLS), "all_of_bpr": lambda: all_ways("bpr")}
 TABLES |= {"cdae": lambda: in_short("cdae", "start", "alone", *AS_PUBLISHED)}
-TABLES |= {"all_of_cdae": lambda: all_ways("cdae")}
+TABLES |= {"all_of_cdae": lambda: all_ways("cdae"), "ideas": lambda: architectures(idea=True)}
 
 
 def drawn(name):

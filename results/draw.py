@@ -190,7 +190,7 @@ def architectures(idea=False):
     """What a search can gain: random architectures of one cost, the searched one, and what ranks them."""
     names = ["random architectures", "mean of them", "deviation between them", "deviation between seeds"]
     names += ["the best of them", "the searched one", "searched, idea 1", "searched, idea 2"]
-    judge = "rank correlation with training (p): "
+    judge = "rank correlation with NDCG@10 (p): "
     names += [f"{judge}`alpha`", *(f"{judge}supernet{idea}" for idea in ("", ", idea 1", ", idea 2"))]
     rows = {name: [] for name in names}
     for data in SETS:

@@ -87,7 +87,7 @@ def ranks_of(claim, name, number=3):
 
 WIDTH = {"ml-1m": 128, "games": 64, "beauty5": 64}  # of the students
 TAUGHT, ALONE = "students/{}-{}-taught", "students/{}-{}-alone"
-# with 6 epochs; with 8 epochs, and all items in the softmax
+# with 6 epochs; with 8 epochs and all items in the softmax
 ALONE_OTHERWISE = "students/{}-from-with", "ways/{}-alone"
 
 

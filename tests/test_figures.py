@@ -70,11 +70,11 @@ CDAE, TAU_10, HALF = draw.AS_PUBLISHED[0], draw.AS_PUBLISHED[2], draw.AS_PUBLISH
 SENTENCES = [
     ("README.md", "need {:.0f} to {:.0f} times fewer multiply-adds", span(map(cheaper, draw.SETS))),
     ("README.md", "for {:.0f} to {:.0f} % of the teachers' accuracy", span(SHARES)),
-    ("README.md", "better than it by {:.0f} % (BPR) and", [with_bd("bpr", "published", "student")]),
+    ("README.md", "beat this baseline by {:.0f} % (BPR) and", [with_bd("bpr", "published", "student")]),
     ("README.md", "and {:.0f} % (CDAE)", [with_bd("cdae", CDAE, "student")]),
     (
         "README.md",
-        "worse by {:.0f} and {:.0f} %",
+        "below it by {:.0f} and {:.0f} %",
         [-with_bd("bpr", "published", "teacher"), -with_bd("cdae", CDAE, "teacher")],
     ),
     ("README.md", "answers **{:.0f} times** as fast", [faster(LONG, 2, "ms_per_user")]),

@@ -308,9 +308,9 @@ def load_model(path, data, device, any_data=False):
         hidden, output, vectors = program.module()(*example)
         shapes = *vectors.shape, *hidden.shape[1:3]
         if shapes != (config["items"] + 1, output.shape[2], 1, 1):
-            shapes = [list(result.shape) for result in (hidden, output, vectors)]
-            rule = f"item_vectors needs {config['items'] + 1} rows"
-            raise ValueError(f"for one item, its results have the shapes {shapes}; {rule}")
+            found = [list(result.shape) for result in (hidden, output, vectors)]
+            needed = f"[L+1, 1, 1, d], [1, 1, e], [{config['items'] + 1}, e]"
+            raise ValueError(f"for one item, its results have the shapes {found}, and should have {needed}")
         if not any_data and config.get("data_sha256", data.sha256) != data.sha256:
             raise ValueError("it was trained on other data and may know their test items")
         # without `sees`, the output depends on all items

@@ -65,6 +65,25 @@ BPR_TEACHER, BPR_STUDENT = (
 )
 DEVIATIONS = {name: 100 * (mean("published", name) / mean("demo", "student") - 1) for name in draw.DEVIATIONS}
 CDAE, TAU_10, HALF = draw.AS_PUBLISHED[0], draw.AS_PUBLISHED[2], draw.AS_PUBLISHED[1]
+DECAY = "alone-decay-1e-2"
+SEARCHED = mean("students", "games-from-with")
+RANDOM = draw.random_runs("games")[0].mean(1)  # of each architecture
+TEACHER, STUDENT, ON_ITS_OWN = draw.made("demo", "make-demo")["first"]
+CHANGES = {
+    "ranking_distill": gain("ways", "beauty5-rrd", "beauty5-alone"),
+    "dfa_distill": gain("ways", "beauty5-dfa", "beauty5-alone"),
+    "statistics_distill": gain("ways", "beauty5-statistics", "beauty5-alone"),
+    "domain_distill": gain("related", "domain-output", "domain"),
+    "dt4sr": gain("dt4sr", "wasserstein-bpr", "dot-bpr"),
+    "asrep": gain("asrep", "clean", "sasrec"),
+}
+NEIGHBOURS = {  # what the list of the README says before the figure
+    "ranking_distill": "best items: ",
+    "dfa_distill": "groups of layers: ",
+    "statistics_distill": "statistics of layers: ",
+    "domain_distill": "its scores give ",
+    "dt4sr": "distances of Gaussians: ",
+}
 
 # page, a part of it with {} for each figure, the figures
 SENTENCES = [
@@ -141,6 +160,109 @@ SENTENCES = [
         [gain("asrep", "published", "sasrec", f"sampled {key}@5") for key in ("HR", "NDCG")],
     ),
     ("results/related.md", "helps by itself**: {:+.0f} %", [gain("asrep", "backwards", "sasrec")]),
+    # the student and its architecture
+    ("results/README.md", "with {:.0f} to {:.0f} times fewer multiply-adds", span(map(cheaper, draw.SETS))),
+    ("results/README.md", "found* {:.0f} % on ml-1m, {:.0f} % on games and {:.0f} % on Beauty", SHARES),
+    (
+        "results/README.md",
+        "it adds {:.0f} % (games) and {:.0f} % (Beauty 5-core)",
+        [gain("students", f"{data}-64-taught", f"{data}-64-alone") for data in ("games", "beauty5")],
+    ),
+    (
+        "results/README.md",
+        "A fairer gain is {:.0f} and {:.0f} %",
+        [
+            100 * (mean("students", f"{data}-64-taught") / mean("ways", f"{data}-alone") - 1)
+            for data in ("games", "beauty5")
+        ],
+    ),
+    *(
+        (page, "searched one is {:.1f} % above the mean", [100 * (SEARCHED / RANDOM.mean() - 1)])
+        for page in ("README.md", "results/README.md")
+    ),
+    ("results/README.md", "above {} of {} random ones", [(SEARCHED > RANDOM).sum(), len(RANDOM)]),
+    # the demo
+    (
+        "README.md",
+        "NDCG@10 is {:.0f} % above the teacher's",
+        [100 * (STUDENT["NDCG@10"] / TEACHER["NDCG@10"] - 1)],
+    ),
+    (
+        "README.md",
+        "It is {:.0f} % above the student alone",
+        [100 * (STUDENT["NDCG@10"] / ON_ITS_OWN["NDCG@10"] - 1)],
+    ),
+    ("README.md", "needs {:.0f} times fewer multiply-adds", [TEACHER["macs"] / STUDENT["macs"]]),
+    ("README.md", "only {:.1f} times as fast", [STUDENT["ms_per_user_compiled_speed_up"]]),
+    # the neighbours
+    *(("README.md", f"{name}{{:+.0f}} %", [CHANGES[script]]) for script, name in NEIGHBOURS.items()),
+    (
+        "results/related.md",
+        "{:+.0f} % in Recall@5 and NDCG@5, {:+.0f} % in NDCG@10",
+        [gain("asrep", "clean", "sasrec", key) for key in ("sampled HR@5", "NDCG@10")],
+    ),
+    (
+        "results/related.md",
+        "{:.0f} % below the paper's in Recall@5, and {:.0f} % in NDCG@5",
+        [
+            100 * (1 - mean("asrep", "sasrec", f"sampled {key}@5") / paper)
+            for key, paper in (("HR", 0.3963), ("NDCG", 0.2949))
+        ],
+    ),
+    *(
+        (
+            "results/related.md",
+            "the distance gains {:.0f} % of NDCG@10",
+            [gain("dt4sr", f"wasserstein-{loss}", f"dot-{loss}")],
+        )
+        for loss in ("bpr", "ce")
+    ),
+    (
+        "results/related.md",
+        "loses {:.0f} % of Recall@5",
+        [-gain("dt4sr", "wasserstein-ce", "dot-ce", "sampled HR@5")],
+    ),
+    ("results/related.md", "scores help**: {:+.0f} %", [gain("related", "domain-output", "domain")]),
+    (
+        "results/related.md",
+        "scores is {:.0f} % better than the teacher",
+        [gain("related", "domain-output", "source")],
+    ),
+    (
+        "results/related.md",
+        "{:+.0f} % against labels and scores, {:+.0f} % against labels, scores and states",
+        [gain("related", f"domain-output{more}-pseudo", f"domain-output{more}") for more in ("", "-feature")],
+    ),
+    # AdaRec and BD
+    (
+        "results/adarec.md",
+        "up to {:.0f} times cheaper",
+        [mean("cost", "games-0", "cost") / mean("cost", "games-3", "cost")],
+    ),
+    ("results/adarec.md", "alone is {:.0f} % above its teacher", [gain("demo", "alone", "teacher")]),
+    ("results/adarec.md", "change it by {1:+.0f} and {0:+.0f} %", [DEVIATIONS["cost"], DEVIATIONS["rate"]]),
+    (
+        "results/bidirectional.md",
+        "its NDCG@50 is {:.0f} to {:.0f} % lower",
+        span(-gain for gain in BPR_TEACHER),
+    ),
+    ("results/bidirectional.md", "The student gains {:.0f} to {:.0f} %", span(BPR_STUDENT)),
+    (
+        "results/bidirectional.md",
+        "the negatives only, it gains {:.0f} %",
+        [with_bd("bpr", "published-lambda-0", "student")],
+    ),
+    (
+        "results/bidirectional.md",
+        "NDCG@50 is {:.0f} % higher than without",
+        [with_bd("bpr", DECAY, "student")],
+    ),
+    ("results/bidirectional.md", "HR@50 is {:.0f} % lower", [-with_bd("bpr", DECAY, "student", key="HR@50")]),
+    (
+        "results/bidirectional.md",
+        "gives {:+.0f} % NDCG@50 and {:+.0f} % HR@50",
+        [with_bd("bpr", "published-decay-1e-2", "student", DECAY, f"{key}@50") for key in ("NDCG", "HR")],
+    ),
 ]
 
 
@@ -148,3 +270,10 @@ SENTENCES = [
 def test_a_sentence_has_the_figures_of_its_runs(page, text, figures):
     sentence = text.format(*figures)
     assert sentence in " ".join((ROOT / page).read_text().split()), sentence
+
+
+@pytest.mark.parametrize("script", CHANGES)
+def test_a_row_of_the_neighbours_has_the_figure_of_its_runs(script):
+    rows = (ROOT / "results" / "related.md").read_text().splitlines()
+    (cells,) = (row.split(" | ") for row in rows if row.startswith(f"| `{script}.py`"))
+    assert cells[3].startswith(f"{CHANGES[script]:+.0f} %")

@@ -3,6 +3,7 @@
 import fnmatch
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import save_data
 from scipy import stats
 
 root = Path(__file__).resolve().parent.parent
@@ -87,6 +89,33 @@ def test_a_run_is_made_once_and_leaves_its_figures(monkeypatch, tmp_path, capsys
     assert "0 of 1 runs" in capsys.readouterr().err
     (tmp_path / "results" / "claims" / "some.txt").write_text("c\n    false\n")
     monkeypatch.undo()
+
+
+def test_a_supernet_validates_an_architecture_as_its_search_leaves_it(tmp_path):
+    histories = {u: [(7 * u + t * t) % 25 + 1 for t in range(4 + u % 8)] for u in range(1, 41)}
+    data, out, given = save_data(tmp_path, histories), tmp_path / "out.json", tmp_path / "given.json"
+    argv = f"{data} --max-length 6 --cells 1 --nodes 2 --dim 8 --epochs 3 --alpha-warm-up 2 --beta 0"
+    argv = f"{argv} --operations conv3 skip --out {out}".split()
+    subprocess.run([sys.executable, root / "adarec_search.py", *argv], check=True)
+    shutil.copy(out, given)
+    evaluate_it = [sys.executable, root / "evaluate.py", data, out.with_suffix(".pt2"), "--split", "valid"]
+    report = json.loads(subprocess.run([*evaluate_it, "--json"], capture_output=True, check=True).stdout)[0]
+
+    def validated(folder):
+        """NDCG@10 of the architecture `given` in the supernet of the adarec_search.py of `folder`."""
+        command = [sys.executable, root / "results" / "supernet.py", given, "--", *argv]
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        shown = "PYTHONPATH=x python results/supernet.py given.json -- data.txt"
+        (ndcg,) = run.figures_of("students", shown, found.stdout)["valid"].values()
+        return ndcg
+
+    # the student that the search writes has the weights of its supernet
+    assert validated(root) == pytest.approx(report["NDCG@10"], abs=1e-6)
+    shutil.copy(root / "adarec_search.py", tmp_path)
+    patch = ["patch", "adarec_search.py", root / "results" / "ideas" / "paths.patch"]
+    subprocess.run(patch, cwd=tmp_path, check=True)
+    assert validated(tmp_path) != pytest.approx(report["NDCG@10"], abs=1e-6)
 
 
 @pytest.mark.parametrize("patch", patches, ids=lambda patch: patch.stem)

@@ -125,7 +125,7 @@ def findings():
     kept = [row for row in rows[2:] if not re.match(r"\| (width|p|student, 32|times faster)", row)]
     text = "\n".join(["| " + " | ".join(names) + " |", rows[1], *kept])
     text = text.replace("teacher, 128 wide", "NDCG@10 of the teacher").replace("trained with", "with")
-    return re.sub(r"(student[^|]*) \|", r"\1: share of this NDCG@10 |", text)
+    return re.sub(r"(student.*?)( found)? \|", r"\1: share of the teacher's NDCG@10 |", text)
 
 
 def front():

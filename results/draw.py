@@ -451,7 +451,7 @@ def neighbour(claim, names, baseline):
 
 def asrep():
     """ASReP and its parts on Beauty 5-core."""
-    names = {"sasrec": "SASRec", "backwards": "SASRec, trained backwards first"}
+    names = {"sasrec": "SASRec", "long": "SASRec, 200 epochs", "backwards": "SASRec, trained backwards first"}
     names |= {"scratch": "SASRec, filled histories", "clean": "ASReP, clean order"}
     return neighbour("asrep", names | {"published": "ASReP, published order: leaks test items"}, "sasrec")
 

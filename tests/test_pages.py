@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_the_snippet_of_the_readme_makes_a_model_file(tmp_path, monkeypatch):
     batch = torch.ones(3, dtype=torch.int64), torch.randint(1, 1683, (3, 7))
     torch.testing.assert_close(module(*batch), model(*batch))
     assert config["window"] == 50
+
+
+def test_the_commands_of_the_data_page_join_published_files(tmp_path, monkeypatch):
+    blocks = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.S)
+    with_awk, with_torch = (next(text for text in blocks if word in text) for word in ("awk", "np.savetxt"))
+    parts = {"train": [(1, 7), (0, 3), (1, 2), (0, 9)], "valid": [(0, 1), (1, 0)], "test": [(0, 5), (1, 8)]}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for part, rows in parts.items():
+        Path(f"{part}.txt").write_text("".join(f"{user}\t{item}\t{99 - item}\n" for user, item in rows))
+        torch.save(torch.tensor(rows), f"{part.replace('valid', 'val')}_5.pt")
+    subprocess.run(with_awk, shell=True, check=True)
+    exec(compile(with_torch, "data/README.md", "exec"), {})
+    joined = [(tmp_path / "data" / name).read_text() for name in ("beauty5.txt", "citeulike.txt")]
+    assert joined[0] == "1 4\n1 10\n1 2\n1 6\n2 8\n2 3\n2 1\n2 9\n"  # training items in the published order
+    assert joined[1] == "1 4\n1 10\n1 2\n1 6\n2 3\n2 8\n2 1\n2 9\n"  # training items by id
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -173,7 +173,7 @@ def random_runs(data):
 
     An architecture that was drawn twice counts once.
     """
-    found = [seeds("students", f"{data}-random{k}", 2) for k in range(12)]
+    found = [seeds("students", f"{data}-random{k}", 2) for k in range(14)]
     found = {runs[0]["edges"]: runs for runs in found if len(runs) == 2}
     return np.array([[run["NDCG@10"] for run in runs] for runs in found.values()]), list(found)
 

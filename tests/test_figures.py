@@ -240,10 +240,10 @@ SENTENCES = [
     *(
         (
             "results/related.md",
-            "the distance gains {:.0f} % of NDCG@10",
+            f"{phrase} {{:.0f}} %",
             [gain("dt4sr", f"wasserstein-{loss}", f"dot-{loss}")],
         )
-        for loss in ("bpr", "ce")
+        for loss, phrase in (("bpr", "the distance gains"), ("ce", "It gains"))
     ),
     (
         "results/related.md",

@@ -122,7 +122,7 @@ def findings():
     """The README's table: the first lines of `front`, with shares of the teacher alone."""
     names = "", "MovieLens-1M", "Amazon Games", "Amazon Beauty"
     rows = re.sub(r"[\d.]+ \([^)]*\), \*\*([\d.]+ %)\*\*", r"\1", front()).splitlines()
-    kept = [row for row in rows[2:] if not re.match(r"\| (width|p|student, 32|times faster)", row)]
+    kept = [row for row in rows[2:] if not re.match(r"\| (width|p|a student|times faster)", row)]
     text = "\n".join(["| " + " | ".join(names) + " |", rows[1], *kept])
     text = text.replace("teacher, 128 wide", "NDCG@10 of the teacher").replace("trained with", "with")
     return re.sub(r"(student.*?)( found)? \|", r"\1: share of the teacher's NDCG@10 |", text)
@@ -138,11 +138,11 @@ def front():
     times = [f"{key}_compiled" for key in SPEED]
     rows = {"teacher, 128 wide": teacher_of, "width of the student": WIDTH.get}
     rows |= {"student, trained with the teacher": accuracy(TAUGHT)}
-    rows |= {"the same student, *alone*": accuracy(ALONE), "p of these two rows": p}
-    rows |= {"student alone, best settings found": accuracy(ALONE, *ALONE_OTHERWISE)}
-    rows |= {"student, 32 wide, with the teacher": accuracy("students/{}-32-taught")}
+    rows |= {"the same student *alone*, same settings": accuracy(ALONE), "p of these two rows": p}
+    rows |= {"the same student *alone*, best settings found": accuracy(ALONE, *ALONE_OTHERWISE)}
     rows |= {"times fewer multiply-adds than the teacher": faster("macs")}
     rows |= {"times faster than the teacher: one request; batches": faster(*times)}
+    rows |= {"a student 32 wide, with the teacher": accuracy("students/{}-32-taught")}
     return table(["", *SETS.values()], [[what, *map(show, SETS)] for what, show in rows.items()])
 
 
@@ -190,8 +190,8 @@ def architectures(idea=False):
     """What a search can gain: random architectures of one cost, the searched one, and what ranks them."""
     names = ["random architectures", "mean of them", "deviation between them", "deviation between seeds"]
     names += ["the best of them", "the searched one", "searched, idea 1", "searched, idea 2"]
-    judge = "rank correlation with NDCG@10 (p): "
-    names += [f"{judge}`alpha`", *(f"{judge}supernet{idea}" for idea in ("", ", idea 1", ", idea 2"))]
+    judges = "`alpha`", "the supernet", "the supernet, idea 1", "the supernet, idea 2"
+    names += [f"rank correlation with {judge} (p)" for judge in judges]
     rows = {name: [] for name in names}
     for data in SETS:
         ndcg, edges = random_runs(data)

@@ -79,7 +79,7 @@ CHANGES = {
 }
 NEIGHBOURS = {  # what the list of the README says before the figure
     "ranking_distill": "best items: ",
-    "dfa_distill": "groups of layers: ",
+    "dfa_distill": "groups of layers, without its search (too slow): ",
     "statistics_distill": "statistics of layers: ",
     "domain_distill": "teacher's scores give ",
     "dt4sr": "distances of Gaussians: ",

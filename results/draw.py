@@ -191,7 +191,7 @@ def architectures(idea=False):
     names = ["random architectures", "mean of them", "deviation between them", "deviation between seeds"]
     names += ["the best of them", "the searched one", "searched, idea 1", "searched, idea 2"]
     judges = "`alpha`", "the supernet", "the supernet, idea 1", "the supernet, idea 2"
-    names += [f"rank correlation with {judge} (p)" for judge in judges]
+    names += [f"rank correlation of NDCG@10 and {judge} (p)" for judge in judges]
     rows = {name: [] for name in names}
     for data in SETS:
         ndcg, edges = random_runs(data)

@@ -317,7 +317,7 @@ def test_small_logs(content, options, expected, note, tmp_path, capsys):
 
 
 def test_the_readme_example(tmp_path, monkeypatch):
-    log, table = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    log, table, *_ = re.findall(r"```\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("log.csv").write_text(log)
     main(re.search(r"`python data/prepare.py (convert log.csv .*?)`", README, re.DOTALL)[1])

@@ -396,7 +396,6 @@ def sum_over_processes(tensors):
             dist.all_reduce(total)
         except RuntimeError:
             print("another process of torchrun has ended", file=sys.stderr)
-            sys.stdout.flush()
             os._exit(1)  # after sys.exit, a thread of gloo that still runs can abort Python
         nn.utils.vector_to_parameters(total, tensors)
 

@@ -1,5 +1,6 @@
 """Figures in the sentences of the pages are those of the runs in results/runs."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "results"))
 import draw  # noqa: E402
+
+RUNS = ROOT / "results" / "runs"
 
 MODELS = {data: draw.made("students", f"{data}-latency")["models"] for data in draw.SETS}
 LONG, REAL = (draw.made("serving", data)["models"] for data in ("ml-1m-long", "ml-1m"))
@@ -220,6 +223,11 @@ SENTENCES = [
     *(
         (page, "searched one is {:.1f} % above the mean", [100 * (SEARCHED / RANDOM.mean() - 1)])
         for page in ("README.md", "results/README.md")
+    ),
+    (
+        "results/README.md",
+        "runs of sections 2 and 3 took {:.0f} hours",
+        [sum(json.loads(path.read_text())["seconds"] for path in RUNS.glob("students/*.json")) / 3600],
     ),
     (
         "results/README.md",

@@ -433,27 +433,47 @@ def ways():
     return table(["beside the next items, the student learns from", "Beauty 5-core", "p", "games", "p"], rows)
 
 
+def taught():
+    """Students on citeulike that go on from "before": HR@50 / NDCG@50 of seed 0; p against the row above."""
+    rows = {"start": ["before"], "alone": ["alone"], "published-uniform": ["BD, code for CDAE"]}
+    rows |= {"softmax": ["alone, with a softmax"], "rrd": ["RRD, with a softmax"]}
+    for base in ("bpr", "cdae"):
+        above = {}
+        for name, row in rows.items():
+            run = figures("ways", f"citeulike-{base}-{name}-0") or figures(
+                "bidirectional", f"{base}-{name}-0"
+            )
+            ranks = {0: run.get("student", run)["ranks"]} if run else {}
+            gain = gains(ranks[0], 50) if run else 0
+            row.append(f"{np.mean(gain > 0):.4f} / {np.mean(gain):.4f}" if run else MISSING)
+            row.append(p_value(ranks, above, 50) if name in ("published-uniform", "rrd") else "")
+            above = ranks
+    return table(["students, citeulike", "BPR", "p", "CDAE", "p"], list(rows.values()))
+
+
 SAMPLED = {"sampled HR@5": "Recall@5", "sampled NDCG@5": "NDCG@5", "sampled MRR@101": "MRR"}
 
 
-def neighbour(claim, names, baseline):
-    """Published metrics, full ranking and short histories; p of full ranking against `baseline`."""
+def neighbour(claim, *parts):
+    """Published metrics, full ranking and short histories; p of full ranking against the first row of a part."""
     rows = []
-    for name, what in names.items():
-        if not seeds(claim, name):
-            continue
-        columns = [spread(values(claim, name, key)) for key in (*SAMPLED, "NDCG@10", "NDCG@10 to 5")]
-        p = p_value(ranks_of(claim, name), ranks_of(claim, baseline))
-        rows.append([what, *columns, p])
+    for names in parts:
+        baseline = ranks_of(claim, next(iter(names)))
+        for name in filter(lambda name: seeds(claim, name), names):
+            columns = [spread(values(claim, name, key)) for key in (*SAMPLED, "NDCG@10", "NDCG@10 to 5")]
+            rows.append([names[name], *columns, p_value(ranks_of(claim, name), baseline)])
     head = ["", *SAMPLED.values(), "NDCG@10, all items", "NDCG@10, short histories", "p"]
     return table(head, rows)
 
 
 def asrep():
-    """ASReP and its parts on Beauty 5-core."""
+    """ASReP and its parts on Beauty 5-core, with the loss of the paper and with a softmax."""
     names = {"sasrec": "SASRec", "long": "SASRec, 200 epochs", "backwards": "SASRec, trained backwards first"}
     names |= {"scratch": "SASRec, filled histories", "clean": "ASReP, clean order"}
-    return neighbour("asrep", names | {"published": "ASReP, published order: leaks test items"}, "sasrec")
+    names |= {"published": "ASReP, published order: leaks test items"}
+    softmax = {"sasrec-softmax-20": "*softmax:* SASRec", "sasrec-softmax-40": "SASRec, 40 epochs"}
+    softmax |= {f"{order}-softmax": f"ASReP, {order} order" for order in ("clean", "published")}
+    return neighbour("asrep", names, softmax)
 
 
 def known():
@@ -469,11 +489,10 @@ def known():
 
 def dt4sr():
     """A product or a distance of Gaussians, under BPR and under a softmax."""
-    halves = []
-    for loss, what in {"bpr": "BPR", "ce": "softmax"}.items():
-        names = {f"dot-{loss}": f"dot product, {what}", f"wasserstein-{loss}": f"distance, {what}"}
-        halves.append(neighbour("dt4sr", names, f"dot-{loss}").splitlines())
-    return "\n".join(halves[0] + halves[1][2:])  # without the second head
+    ways, losses = {"dot": "dot product", "wasserstein": "distance"}, {"bpr": "BPR", "ce": "softmax"}
+    return neighbour(
+        "dt4sr", *({f"{way}-{loss}": f"{ways[way]}, {losses[loss]}" for way in ways} for loss in losses)
+    )
 
 
 def domains():
@@ -489,7 +508,7 @@ def domains():
 AS_PUBLISHED = [f"published-uniform{more}" for more in ("", "-half", "-tau-10")]  # for CDAE
 CONTROLS = "published", "published-half", "published-lambda-0", "paper"
 TABLES = (findings, front, serving, architectures, transfer, planted, betas, pairs, temperatures, teachers)
-TABLES += (speeds, scripts, scale, deviations, ways, asrep, known, dt4sr, domains)
+TABLES += (speeds, scripts, scale, deviations, ways, taught, asrep, known, dt4sr, domains)
 TABLES = {function.__name__: function for function in TABLES}
 TABLES |= {"bpr": lambda: in_short("bpr", "start", "alone", *CONTROLS), "all_of_bpr": lambda: all_ways("bpr")}
 TABLES |= {"cdae": lambda: in_short("cdae", "start", "alone", *AS_PUBLISHED)}

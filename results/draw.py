@@ -455,7 +455,7 @@ SAMPLED = {"sampled HR@5": "Recall@5", "sampled NDCG@5": "NDCG@5", "sampled MRR@
 
 
 def neighbour(claim, *parts):
-    """Published metrics, full ranking and short histories; p of full ranking against the first row of a part."""
+    """Published metrics, full ranking and short histories; p against the first row of each part."""
     rows = []
     for names in parts:
         baseline = ranks_of(claim, next(iter(names)))

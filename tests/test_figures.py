@@ -207,6 +207,11 @@ SENTENCES = [
         "with 200 epochs, it is {:.0f} %.",
         [gain("asrep", "published", "long", "sampled HR@5")],
     ),
+    (
+        "results/related.md",
+        "ASReP in the clean order lowers it by {:.0f} %",
+        [-gain("asrep", "clean-softmax", "sasrec-softmax-20")],
+    ),
     ("results/related.md", "longer training**: {:+.0f} %", [gain("asrep", "backwards", "sasrec")]),
     ("results/related.md", "with 200 epochs gains {:.0f} %", [gain("asrep", "long", "sasrec")]),
     ("results/related.md", "harm by themselves**: {:+.0f} %", [gain("asrep", "scratch", "sasrec")]),

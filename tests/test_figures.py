@@ -69,7 +69,7 @@ def best_in_deviations(data):
 def student_50(claim, name):
     """NDCG@50 of the student of a run on citeulike."""
     run = draw.made(claim, name)
-    return draw.gains(run.get("student", run)["ranks"], 50).mean()
+    return round(draw.gains(run.get("student", run)["ranks"], 50).mean(), 4)
 
 
 SHARES = [share(data, "taught") for data in draw.SETS]

@@ -123,6 +123,7 @@ def test_every_patch_fits(patch, tmp_path):
     script = re.search(r"^--- (\S+)", patch.read_text()).group(1)
     commands = [command for claim in run.CLAIMS for _, commands in run.runs_of(claim) for command in commands]
     assert any(f" {script} {patch.relative_to(root)}" in command for command in commands)
+    (tmp_path / script).parent.mkdir(exist_ok=True)
     made = subprocess.run(["patch", "--fuzz", "0", "-o", tmp_path / script, root / script, patch])
     assert made.returncode == 0 and (tmp_path / script).read_text() != (root / script).read_text()
 

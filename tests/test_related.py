@@ -220,7 +220,7 @@ def test_what_the_generator_reads(write_data):
 
 
 def test_what_generated_items_know_by_hand(write_data):
-    histories = {1: [1, 2, 3, 4, 5], 2: [6, 2, 7, 8, 9], 3: [6, 5, 1, 3, 2], 4: [7, 9], 5: [4, 3, 1]}
+    histories = {1: [1, 2, 3, 4, 5], 2: [6, 2, 7, 8, 9], 3: [6, 5, 1, 3, 2], 4: [7, 9], 5: [4, 3, 8]}
     data = evaluate.read_interactions(write_data(histories))
     # training histories: 1 2 3, 6 2 7, 6 5 1, 7 9, 4. The first generated items of users 1 to 3 are 6, 9, 7
     prior = [np.array([6, 8]), np.array([9]), np.array([7]), *[np.array([], int)] * 2]
@@ -241,6 +241,8 @@ def test_asrep_from_beginning_to_end(capsys):
     filled = asrep.filled_histories(data, prior)
     assert np.loadtxt("2.txt", int)[:, 1].tolist() == filled.items.tolist()
     shown = capsys.readouterr().out
+    num_generated = [len(items) for items in prior if len(items)]
+    assert f"{len(num_generated)} histories filled with {sum(num_generated)} items\n" in shown
     for name, share in asrep.co_occurrence_of_first_item(data, prior).items():
         assert f"{100 * share:6.1f} %  {name}\n" in shown
     run(asrep, "data.txt", starts[2], "--fill 1 --epochs 0 --out none.pt2")
@@ -261,6 +263,23 @@ def test_asrep_from_beginning_to_end(capsys):
     scores = (output[0, -1] @ item_vectors.T).tolist()
     better = sum(scores[i] > scores[target] for i in range(1, 31) if i not in seen)
     assert ranks[1][evaluated.index(3)] == 1 + better
+
+
+@pytest.mark.parametrize("order", ["clean", "published"])
+def test_the_generator_reads_as_much_as_it_can(order, tmp_path):
+    save_model(tmp_path, Taste(31, 31), 30, 9, "long.pt2", settings={"reverse": True})  # the student reads 5
+    run(
+        asrep,
+        "data.txt --start S.pt2 --generator long.pt2 --fill 12 --epochs 0 --out 9.pt2",
+        f"--order {order}",
+    )
+    data, arguments = evaluate.read_interactions("data.txt"), Namespace(fill=12, order=order, device="cpu")
+    filled = [
+        asrep.filled_histories(data, asrep.generate(load("long.pt2")[0], data, length, arguments))
+        for length in (9, 5)
+    ]
+    written = np.loadtxt("9.txt", int)[:, 1].tolist()
+    assert written == filled[0].items.tolist() != filled[1].items.tolist()
 
 
 def softplus(x):
@@ -436,9 +455,17 @@ def test_rrd_draws_ranks_and_the_rest():
         assert sum(counts) < 50 or chisquare(counts).pvalue > 1e-4
 
 
-def test_rrd_of_a_batch_by_hand(monkeypatch):
+def test_rrd_draws_far_ranks_as_often_as_it_should():
+    torch.manual_seed(0)
+    ranks = ranking_distill.draw_interesting(-torch.arange(400.0).expand(4000, -1), 1, 10.0)
+    assert (ranks >= 32).float().mean().item() == pytest.approx(math.exp(-3.2), abs=0.012)
+
+
+def test_rrd_of_a_batch_by_hand(monkeypatch, tmp_path):
     """Each list is after a position that was drawn. It has no item that was read by then or never occurs."""
     result, calls, positions = [], [], set()
+    for name in ("T.pt2", "S.pt2"):
+        save_model(tmp_path, Taste(31, 31), 30, 5, name)  # scores depend on the user
     draw, rrd_loss = ranking_distill.draw_interesting, ranking_distill.rrd_loss
     draw_rest = ranking_distill.draw_uninteresting
     monkeypatch.setattr(ranking_distill, "with_dropout", lambda part, on: part)
@@ -454,7 +481,8 @@ def test_rrd_of_a_batch_by_hand(monkeypatch):
     models = [load(path)[0] for path in ("T.pt2", "S.pt2")]
     never = {*range(31)} - {item for history in HISTORIES.values() for item in history}
     train = {u: history[:-2] if len(history) > 2 else history for u, history in HISTORIES.items()}
-    windows = [train[user][-6:-1] for user in train if len(train[user]) > 1]
+    users = [user for user in train if len(train[user]) > 1]
+    windows = [train[user][-6:-1] for user in users]
     last = [history[-1] for history in train.values() if len(history) > 1]
     for _ in range(20):
         loss, terms = result[0](np.arange(10))
@@ -466,7 +494,7 @@ def test_rrd_of_a_batch_by_hand(monkeypatch):
             left_out = {*(scores[row] == -math.inf).nonzero()[:, 0].tolist()}
             (t,) = [t for t in range(len(window)) if left_out == never | {*window[: t + 1]}]
             positions.add((row, t))
-            of_both = [model(torch.tensor([1]), torch.tensor([window])) for model in models]
+            of_both = [model(torch.tensor([users[row]]), torch.tensor([window])) for model in models]
             z_T, z_S = (output[0, t] @ vectors.T for _, output, vectors in of_both)
             others = scores[row] > -math.inf
             torch.testing.assert_close(scores[row][others], z_T[others], rtol=0, atol=1e-5)
@@ -488,6 +516,34 @@ def test_rrd_takes_models_of_stage_4(tmp_path):
     assert not all(equal_weights(load("b-new.pt2")[0], load("b-student.pt2")[0]))
     more = "--base bpr --teacher b-teacher.pt2 --student b-new.pt2 --warm-up 0 --epochs 1 --out on"
     run(bidirectional_distill, "data.txt", more)
+
+
+def test_rrd_needs_enough_items_that_occur(tmp_path):
+    save_data(tmp_path, {user: [2 * item for item in items] for user, items in HISTORIES.items()}, "even.txt")
+    save_model(tmp_path, Sum(61, 61), 60, 5, "even.pt2")
+    words = "--teacher even.pt2 --student even.pt2 --interesting 20 --uninteresting 20 --out o.pt2"
+    with pytest.raises(SystemExit, match="too few for K and M"):
+        run(ranking_distill, "even.txt", words)
+
+
+@pytest.mark.parametrize("module, loss", [(asrep, "bce"), (dt4sr, "bpr")])
+def test_negatives_have_a_seed(module, loss):
+    for seed, out in ((1, "a"), (1, "b"), (2, "c")):
+        run(module, "data.txt", WORDS[module], f"--loss {loss} --epochs 2 --seed {seed} --out {out}.pt2")
+    assert Path("a.pt2").read_bytes() == Path("b.pt2").read_bytes()
+    assert not all(equal_weights(load("a.pt2")[0], load("c.pt2")[0]))
+
+
+@pytest.mark.parametrize("module, words", [(asrep, "--start any.pt2"), (dt4sr, "")])
+def test_who_has_seen_all_is_left_out_where_unseen_items_are_drawn(
+    module, words, tmp_path, monkeypatch, capsys
+):
+    save_model(tmp_path, Sum(31, 31), 30, 5, "any.pt2")
+    save_data(tmp_path, HISTORIES | {7: [*range(1, 31), 1, 2]}, "all.txt")
+    monkeypatch.setattr(module, "follow", lambda loss_of, weights, histories, args: result.append(histories))
+    result = []
+    run(module, "all.txt", words, "--out o.pt2")
+    assert not (result[0].users == 6).any() and "1 users have seen every item" in capsys.readouterr().err
 
 
 @six

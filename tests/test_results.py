@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,9 +214,97 @@ def test_p_values_pool_seeds_user_by_user():
 def test_an_architecture_that_was_drawn_twice_counts_once(monkeypatch):
     edges = ["conv3;none,skip", "mean;none,skip", "conv3;none,skip"]
     shown = {f"random{k}-{s}": {"edges": edges[k], "NDCG@10": k % 2 + s} for k in range(3) for s in range(2)}
+    shown["random3-0"] = {"edges": "skip;none,skip", "NDCG@10": 3}  # its other seed was not run
     monkeypatch.setattr(draw, "figures", lambda claim, name: shown.get(name.removeprefix("games-"), {}))
     ndcg, names = draw.random_runs("games")
     assert names == edges[:2] and ndcg.tolist() == [[0, 1], [1, 2]]
+
+
+def test_figures_of_filled_histories_are_of_filled_histories(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "evaluated", lambda *given: asked.append(given) or defaultdict(str))
+    monkeypatch.setattr(run, "of_short_users", lambda *_: {})
+    run.figures_of("asrep", "python related/asrep.py d.txt --generator g.pt2 --out o.pt2", "")
+    assert [given[-2:] for given in asked] == [("--inputs", "o.txt")] * 2
+
+
+def test_validation_figures_of_both_models(monkeypatch):
+    log = [{"teacher_NDCG@10": 0.1, "student_NDCG@10": 0.4}, {"teacher_NDCG@10": 0.3, "student_NDCG@10": 0.2}]
+    monkeypatch.setattr(run, "log_of", lambda stem: log)
+    monkeypatch.setattr(run, "evaluated", lambda *_: defaultdict(float))
+    found = run.both_models("stem", "data.txt")
+    assert [(found[kind]["valid"], found[kind]["valid last"]) for kind in run.KINDS] == [
+        (0.3, 0.3),
+        (0.4, 0.2),
+    ]
+
+
+def test_what_each_p_compares(monkeypatch):
+    made = {"NDCG@10": 1.0, "ms_per_user_compiled": 1.0, "ms_per_1000_users_compiled": 1.0, "macs": 1}
+    monkeypatch.setattr(draw, "figures", lambda claim, name: made | {"models": [made] * 3, "ranks": name})
+    monkeypatch.setattr(draw, "values", lambda *_, **__: np.ones(2))
+    monkeypatch.setattr(draw, "gains", lambda *_: np.ones(2))
+    monkeypatch.setattr(draw, "p_value", lambda one, other, k=10: f"{one.get(0)} / {other.get(0)}")
+    ways = draw.ways().splitlines()[2:]
+    assert all(f"beauty5-{way}-0 / beauty5-alone-0" in ways[row] for row, way in ((4, "emd"), (7, "rrd")))
+    assert "games-rrd-0 / games-alone-0" in ways[7]
+    front = draw.front()
+    assert "p, against the teacher | ml-1m-128-taught-0 / ml-1m-teacher | games-64-taught-0 / " in front
+    assert "games-64-taught-0 / games-64-alone-0" in front
+    rows = [row.strip("| ").split(" | ") for row in draw.taught().splitlines()[2:]]
+    assert rows[4][4] == "citeulike-cdae-rrd-0 / citeulike-cdae-softmax-0"
+    assert rows[2][2] == "citeulike-bpr-published-uniform-0 / citeulike-bpr-alone-0"
+    parts = draw.neighbour("asrep", {"a": "A", "b": "B"}, {"x": "X", "y": "Y"}).splitlines()[2:]
+    assert [row.strip("| ").split(" | ")[-1] for row in parts] == [
+        "a-0 / a-0",
+        "b-0 / a-0",
+        "x-0 / x-0",
+        "y-0 / x-0",
+    ]
+
+
+def test_a_moved_architecture_stands_in_the_row_of_its_data_and_the_column_of_the_other(monkeypatch):
+    moved = {"ml-1m-from-games": 0.1, "games-from-with": 0.2}
+    monkeypatch.setattr(draw, "values", lambda claim, name, **_: np.full(2, moved.get(name, 0)))
+    rows = [row.strip("| ").split(" | ") for row in draw.transfer().splitlines()[2:]]
+    assert [[float(cell.split()[0]) for cell in row[1:]] for row in rows] == [
+        [0, 0, 0],
+        [0.1, 0.2, 0],
+        [0, 0, 0],
+    ]
+
+
+def test_what_a_search_can_gain_by_hand(monkeypatch):
+    edges = ["conv3;none,skip", "mean;none,skip", "none;none,skip", "skip;none,skip"]
+    ndcg = {"random0": 0.10, "random1": 0.20, "random2": 0.30, "random3": 0.40}  # mean 0.25, deviation 0.129
+    ndcg |= {"from-with": 0.28, "from-paths": 0.05, "from-held-out": 0.50}
+    shown = {f"{name}-{s}": {"NDCG@10": ndcg[name] + 0.02 * s - 0.01} for name in ndcg for s in range(2)}
+    for k, one in enumerate(edges):
+        shown |= {f"random{k}-{s}": shown[f"random{k}-{s}"] | {"edges": one} for s in range(2)}
+    scores = {"": [1, 2, 4, 3], "-paths": [4, 3, 2, 1], "-held-out": [1, 2, 3, 4]}
+    shown |= {
+        f"supernet{way}": {"valid": dict(zip(edges, score, strict=True))} for way, score in scores.items()
+    }
+    monkeypatch.setattr(draw, "SETS", {"games": "games"})
+    monkeypatch.setattr(draw, "figures", lambda claim, name: shown.get(name.removeprefix("games-"), {}))
+    monkeypatch.setattr(draw, "alpha_score", lambda data, one: -edges.index(one) % 4)  # 0, 3, 2, 1
+    cells = dict(line.strip("| ").split(" | ") for line in draw.architectures().splitlines()[2:])
+    cells |= dict(line.strip("| ").split(" | ") for line in draw.architectures(idea=True).splitlines()[2:])
+    assert cells == {
+        "random architectures": "4",
+        "mean of them": "0.2500",
+        "deviation between them": "0.1291",
+        "deviation between seeds": "0.0141",
+        "the best of them": "0.4000, +60.0 %",
+        "the one of them that the supernet ranks first": "0.3000, +20.0 %, above 2 of 4",
+        "the searched one": "0.2800, +12.0 %, above 2 of 4",
+        "searched, idea 1": "0.0500, -80.0 %, above 0 of 4",
+        "searched, idea 2": "0.5000, +100.0 %, above 4 of 4",
+        "rank correlation of NDCG@10 and `alpha` (p)": "0.20 (0.80)",
+        "rank correlation of NDCG@10 and the supernet (p)": "0.80 (0.20)",
+        "rank correlation of NDCG@10 and the supernet, idea 1 (p)": "-1.00 (0.00)",
+        "rank correlation of NDCG@10 and the supernet, idea 2 (p)": "1.00 (0.00)",
+    }
 
 
 @pytest.mark.parametrize("page", draw.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")

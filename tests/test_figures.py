@@ -373,7 +373,7 @@ SENTENCES = [
     ),
     (
         "README.md",
-        "better still, by {:.0f} and {:.0f} % (one seed)",
+        "students are {:.0f} and {:.0f} % better than with BD (one seed)",
         [softmax_above(name) for name in ("bpr-published-0", "cdae-published-uniform-0")],
     ),
     # AdaRec and BD

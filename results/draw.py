@@ -496,8 +496,14 @@ def known():
 def dt4sr():
     """A product or a distance of Gaussians, under BPR and under a softmax."""
     ways, losses = {"dot": "dot product", "wasserstein": "distance"}, {"bpr": "BPR", "ce": "softmax"}
+    details = {"": "", "elu-": ", ELU"}
     return neighbour(
-        "dt4sr", *({f"{way}-{loss}": f"{ways[way]}, {losses[loss]}" for way in ways} for loss in losses)
+        "dt4sr",
+        *(
+            {f"{more}{way}-{loss}": f"{ways[way]}, {losses[loss]}{details[more]}" for way in ways}
+            for more in details
+            for loss in losses
+        ),
     )
 
 

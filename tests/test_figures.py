@@ -238,6 +238,23 @@ SENTENCES = [
         "Among 100 items, Recall@5 changes by {:+.0f} %",
         [gain("asrep", "scratch", "sasrec", "sampled HR@5")],
     ),
+    (
+        "results/related.md",
+        "it is {:.0f} % above SASRec",
+        [gain("asrep", "published-softmax", "sasrec-softmax-20")],
+    ),
+    (
+        "results/related.md",
+        "the leak shows again: Recall@5 is {:.0f} % higher",
+        [gain("asrep", "published-softmax", "sasrec-softmax-20", "sampled HR@5")],
+    ),
+    (
+        "results/related.md",
+        "+4 % with equal weights (games {:+.0f} %)",
+        [gain("ways", "games-dfa", "games-alone")],
+    ),
+    ("results/related.md", "-1 % (games {:.0f} %;", [gain("ways", "games-statistics", "games-alone")]),
+    ("results/related.md", "+6 % (games {:+.0f} %)", [gain("ways", "games-rrd", "games-alone")]),
     ("results/related.md", "longer training**: {:+.0f} %", [gain("asrep", "backwards", "sasrec")]),
     ("results/related.md", "with 200 epochs gains {:.0f} %", [gain("asrep", "long", "sasrec")]),
     (

@@ -534,6 +534,14 @@ def test_negatives_have_a_seed(module, loss):
     assert not all(equal_weights(load("a.pt2")[0], load("c.pt2")[0]))
 
 
+def test_negatives_of_a_start_that_is_given_follow_the_seed(monkeypatch):
+    losses = []  # of one batch, with the same weights
+    monkeypatch.setattr(asrep, "follow", lambda loss_of, *_: losses.append(loss_of(np.arange(10))[0].item()))
+    for seed in (1, 1, 2):
+        run(asrep, "data.txt", WORDS[asrep], f"--loss bce --seed {seed}")
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("module, words", [(asrep, "--start any.pt2"), (dt4sr, "")])
 def test_who_has_seen_all_is_left_out_where_unseen_items_are_drawn(
     module, words, tmp_path, monkeypatch, capsys

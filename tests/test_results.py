@@ -255,7 +255,10 @@ def test_what_each_p_compares(monkeypatch):
     assert all(f"beauty5-{way}-0 / beauty5-alone-0" in ways[row] for row, way in ((4, "emd"), (7, "rrd")))
     assert "games-rrd-0 / games-alone-0" in ways[7]
     front = draw.front()
-    assert "p, against the teacher | ml-1m-128-taught-0 / ml-1m-teacher | games-64-taught-0 / " in front
+    assert (
+        "p, against the teacher | ml-1m-128-taught-0 / ml-1m-teacher | games-64-taught-0 / games-teacher |"
+        in front
+    )
     assert "games-64-taught-0 / games-64-alone-0" in front
     rows = [row.strip("| ").split(" | ") for row in draw.taught().splitlines()[2:]]
     assert rows[4][4] == "citeulike-cdae-rrd-0 / citeulike-cdae-softmax-0"
